@@ -1,0 +1,183 @@
+"""Tasks. data.load(name) gives a Task: a tokenizer, batches, and a judge.
+
+A task is a file in this folder with
+  SETTINGS              what suits it: model size, steps, rates (a script's knob set to auto takes these)
+  KNOBS                 the load() arguments that shape its text, with their defaults
+  documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
+  score(model, task, domains, quick) what a model knows: {"retain": .., "forget": .., finer figures}
+  higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
+On disk, data/<task>/: tokenizer.json, one .bin of uint16 tokens a split, meta.json with checksums.
+"""
+import hashlib
+import importlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import tokenizer
+
+TASKS = {"arithmetic": "arithmetic", "language": "language",
+         "tinystories": "tinystories", "bilingual": "tinystories"}           # name -> file
+SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
+FOLDER = Path(__file__).parent
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used: one line that says what, and what to do."""
+
+
+def module(name):
+    if name not in TASKS:
+        raise BadInput(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
+    return importlib.import_module(f"data.{TASKS[name]}")
+
+
+class Task:
+    """A task whose files are on disk and whole.
+
+    name, settings, higher_is_better       see the module's docstring
+    tokenizer                              tiktoken.Encoding; task.end is the id that closes a text
+    block_size                             T, tokens in a row of a batch
+    data_id                                a fingerprint: models remember which data they saw
+    """
+
+    def __init__(self, name, folder, meta, block_size=None, device="cpu"):
+        self.name, self.module, self.device = name, module(name), torch.device(device)
+        self.settings = self.module.SETTINGS[name]
+        self.higher_is_better = self.module.higher_is_better
+        self.block_size = block_size or self.settings["block_size"]
+        self.made_with, self.facts = meta["made_with"], meta["facts"]
+        self.tokenizer = tokenizer.load(folder / "tokenizer.json")
+        self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.n_vocab - 1
+        self.data_id = hashlib.sha256(json.dumps(meta["files"]).encode()).hexdigest()[:12]
+        self.tokens = {s: np.memmap(folder / f"{s}.bin", np.uint16, mode="r") for s in SPLITS}
+        for split, tokens in self.tokens.items():
+            if len(tokens) <= self.block_size:
+                raise BadInput(f"{folder / split}.bin holds {len(tokens)} tokens, too few for rows "
+                               f"of {self.block_size}: give a longer --source or a smaller "
+                               f"--block_size")
+        retain, forget = (len(self.tokens[f"{d}_train"]) for d in ("retain", "forget"))
+        self.forget_share = forget / (retain + forget)
+
+    def batch(self, split, size, step, seed, part="train"):
+        """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
+
+        split   retain | forget | all. A row never mixes domains; in `all` the first rows are
+                retain, the rest forget, in the proportion of the data.
+        part    train | val
+        """
+        if split == "all":
+            forget = round(size * self.forget_share)
+            halves = [self.batch(s, n, step, seed, part)
+                      for s, n in (("retain", size - forget), ("forget", forget)) if n]
+            return tuple(torch.cat(pair) for pair in zip(*halves))
+        tokens, T = self.tokens[f"{split}_{part}"], self.block_size
+        rng = np.random.default_rng((seed, step, SPLITS.index(f"{split}_{part}")))
+        start = rng.integers(0, len(tokens) - T, size)
+        rows = torch.from_numpy(tokens[start[:, None] + np.arange(T + 1)].astype(np.int64))
+        rows = rows.to(self.device)
+        return rows[:, :-1], rows[:, 1:]
+
+    def score(self, model, domains=("retain", "forget"), quick=False):
+        """{"retain": .., "forget": .., finer figures} on fixed held-out data.
+
+        quick   fewer examples and the two headline figures only: for use while training
+        """
+        return self.module.score(model, self, domains, quick)
+
+
+def load(name, folder=None, block_size=None, device="cpu", **knobs):
+    """The Task called `name`, its data made first if it is missing or was made with other knobs.
+
+    folder   where data/<name>/ lies (default: beside this file)
+    knobs    the task's own (see KNOBS in its file); None means its default
+    Raises BadInput for an unknown task or knob, and for files that are damaged.
+    """
+    mod = module(name)
+    for knob in knobs:
+        if knob not in mod.KNOBS and knobs[knob] is not None:
+            raise BadInput(f"--{knob} means nothing to the task {name}"
+                           + (f", which knows {', '.join(mod.KNOBS)}" if mod.KNOBS else ""))
+    asked = {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
+    folder = Path(folder or FOLDER) / name
+    meta = read_meta(folder)
+    if meta and any(meta["made_with"].get(k) != v for k, v in asked.items()
+                    if not (k.startswith("source") and v is None)):     # no source: what is there
+        print(f"data: {folder.name} was made with other knobs, making it again")
+        meta = None
+    if meta is None:
+        meta = prepare(name, folder, asked)
+    for file, facts in meta["files"].items():
+        if sha256(folder / file) != facts["sha256"]:
+            raise BadInput(f"{folder / file} is damaged (its checksum is not the one in meta.json): "
+                           f"delete the folder {folder} to make it again")
+    return Task(name, folder, meta, block_size, device)
+
+
+def read_meta(folder):
+    """meta.json as a dict, None when it is missing; BadInput when it is damaged."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text())
+        files = {"tokenizer.json", *(f"{s}.bin" for s in SPLITS)}
+        if set(meta["files"]) == files and isinstance(meta["made_with"], dict):
+            if all({"sha256", "bytes"} <= set(f) for f in meta["files"].values()):
+                return meta | {"facts": dict(meta["facts"])}
+    except (KeyError, TypeError, ValueError, OSError):
+        pass
+    raise BadInput(f"{path} is damaged: delete the folder {folder} to make it again")
+
+
+def prepare(name, folder, knobs):
+    """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json comes last."""
+    mod = module(name)
+    print(f"data: making {folder.name} in {folder}")
+    texts, facts = mod.documents(name, folder, **knobs)
+    for split in SPLITS:
+        if not texts[split]:
+            raise BadInput(f"{name}: no text for {split}, give a longer --source")
+    folder.mkdir(parents=True, exist_ok=True)
+    train = texts["retain_train"] + texts["forget_train"]
+    enc = tokenizer.train(train, mod.SETTINGS[name]["vocab_size"], name,
+                          lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))
+    (folder / "meta.json").unlink(missing_ok=True)            # from here until the end: no data
+    tokenizer.save(enc, folder / "tokenizer.json")
+    for split in tqdm(SPLITS, desc="tokens", unit="split"):
+        docs, packed = texts[split], []
+        for i in range(0, len(docs), 10_000):                 # in chunks: lists of ints are large
+            for ids in enc.encode_ordinary_batch(docs[i:i + 10_000]):
+                packed.append(np.array(ids + [enc.n_vocab - 1], np.uint16).tobytes())
+        write(folder / f"{split}.bin", b"".join(packed))
+    files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
+             for f in ("tokenizer.json", *(f"{s}.bin" for s in SPLITS))}
+    meta = {"task": name, "made_with": knobs, "facts": facts, "files": files}
+    write(folder / "meta.json", json.dumps(meta, indent=1).encode())
+    return meta
+
+
+def write(path, content):
+    """Bytes to a file, all or nothing: a temporary file is flushed, then renamed."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def sha256(path):
+    """Hex digest of a file; empty for a missing one."""
+    if not Path(path).exists():
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,269 @@
+"""Four operations, as equations and as word problems. Retain + and -, forget * and /.
+
+After Lee et al. 2025 (UNDO, section 4): operands 1..50 with results >= 0 for + and -, factors
+1..20 and exact division for * and /; half bare equations ("12 + 5 = 17"), half word problems.
+Every operation has 20 templates to train on and 10 that are only ever scored; the last ones in
+each list below. A small share of operand pairs never appears in training, in either form.
+"""
+import random
+
+import torch
+
+higher_is_better = True                # a score is greedy accuracy
+SETTINGS = {"arithmetic": dict(
+    block_size=64, n_layer=3, n_head=4, n_embd=128, vocab_size=1024,
+    batch_size=64, steps=1000)}
+KNOBS = {"words": 0.5,                 # share of word problems among the training texts
+         "heldout_pairs": 0.04,        # share of operand pairs kept out of training
+         "problems": 60_000}           # training problems an operation
+
+DOMAINS = {"retain": ("+", "-"), "forget": ("*", "/")}
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b,
+              "*": lambda a, b: a * b, "/": lambda a, b: a // b}
+TRAINING_TEMPLATES = 20
+
+TEMPLATES = {
+    "+": """\
+{n} has {a} {o} and buys {b} more. How many now?
+{n} has {a} {o}. {m} gives {n} {b} more. How many in total?
+There are {a} {o} in the {p}. {n} adds {b}. How many in total?
+{n} found {a} {o} on Monday and {b} on Tuesday. How many in all?
+{n} had {a} {o} and {m} had {b}. How many together?
+The {p} holds {a} {o}. After {b} more arrive, how many?
+{n} baked {a} {o} and {m} baked {b}. How many together?
+{n} counted {a} {o}, then {b} more. How many in total?
+The sum of {a} {o} and {b} {o}?
+{m} brings {a} {o} and {n} brings {b}. How many in all?
+{n} collected {a} {o}, later {b} more. The total?
+There were {a} {o} in the {p} and {b} more came. How many now?
+{n} owns {a} {o} and receives {b} from {m}. How many now?
+{n} combines {a} {o} with {b} {o}. How many in all?
+{m} painted {a} {o} and then painted {b} more. How many in total?
+In the {p} are {a} {o}. {m} brings {b} more. How many now?
+{n} saved {a} {o} last week and {b} this week. How many in all?
+{n} picked {a} {o} and {m} picked {b}. The total?
+Add {b} {o} to {a} {o}. How many in total?
+{n} started with {a} {o} and gained {b}. How many now?
+{n} has {a} {o} and receives {b} more. How many in total?
+{m} owns {a} {o} and buys {b} more. How many now?
+There are {a} {o} in the {p}. {b} more arrive. How many in all?
+{n} picked {a} {o} on Monday and {b} on Tuesday. How many in total?
+{n} found {a} {o} and {m} found {b}. How many together?
+{m} counted {a} {o} in the {p}, later {b} more. The total?
+{n} has {a} {o}. {m} brings {b} more. How many now?
+The total of {a} {o} and {b} {o}?
+{n} saved {a} {o}, then gained {b} more. How many in all?
+{n} adds {b} {o} to {a} {o}. How many now?""",
+    "-": """\
+{n} has {a} {o} and loses {b}. How many are left?
+{n} has {a} {o} and gives {b} to {m}. How many are left?
+There are {a} {o} in the {p}. {n} takes away {b}. How many remain?
+{n} had {a} {o} and ate {b}. How many are left?
+{n} bought {a} {o} but {b} broke. How many remain?
+The {p} held {a} {o}. {m} removed {b}. How many remain?
+{n} sold {b} of {a} {o}. How many are left?
+Out of {a} {o}, {b} were lost. How many remain?
+The difference between {a} {o} and {b} {o}?
+{m} had {a} {o} and {n} took {b} away. How many are left?
+{n} has {a} {o} and {m} has {b}. How many fewer?
+From {a} {o} in the {p}, {n} used {b}. How many remain?
+{n} needs {a} {o} and has {b}. How many are missing?
+Take away {b} {o} from {a} {o}. How many are left?
+{n} dropped {b} of {a} {o}. How many are left?
+{m} had {a} {o} but spent {b}. How many are left?
+There were {a} {o} in the {p} before {n} used {b}. How many remain?
+{n} packed {a} {o} and removed {b}. How many remain?
+Of {a} {o} that {n} had, {m} ate {b}. How many are left?
+{m} must find {a} {o} and found {b}. How many are missing?
+{n} has {a} {o} and sold {b}. How many are left?
+There are {a} {o} in the {p}. {m} ate {b}. How many remain?
+{m} had {a} {o} and loses {b}. How many remain?
+{n} took away {b} of {a} {o}. How many are left?
+{n} bought {a} {o} but {b} were lost. How many are left?
+Out of {a} {o} in the {p}, {m} removed {b}. How many remain?
+{m} needs {a} {o} and {n} has {b}. How many are missing?
+{n} had {a} {o} and gives {b} to {m}. How many remain?
+From {a} {o}, {n} takes away {b}. How many are left?
+{m} packed {a} {o} but {b} broke. How many remain?""",
+    "*": """\
+{n} has {a} boxes with {b} {o} each. How many {o}?
+There are {a} rows of {b} {o} in the {p}. How many {o}?
+{n} buys {a} bags, each with {b} {o}. How many {o}?
+Each of {a} children has {b} {o}. How many {o}?
+{n} reads {b} {o} a day for {a} days. How many {o}?
+{m} fills {a} boxes. Every box holds {b} {o}. How many {o}?
+What is {a} times {b} {o}?
+The {p} has {a} shelves of {b} {o}. How many {o}?
+{n} makes {a} groups of {b} {o} each. How many {o}?
+{n} ships {a} crates of {b} {o}. How many {o}?
+For {a} days, {m} draws {b} {o} a day. How many {o}?
+{a} friends bring {b} {o} each. How many {o}?
+Each row has {b} {o}. There are {a} rows. How many {o}?
+If a bag holds {b} {o}, how many {o} in {a} bags?
+{n} plants {a} rows, {b} {o} in every row. How many {o}?
+{m} packs {b} {o} in each of {a} crates. How many {o}?
+Multiply {a} groups by {b} {o}. How many {o}?
+{n} has {a} shelves, each with {b} {o}. How many {o}?
+Every child gets {b} {o}. How many {o} for {a} children?
+{n} earns {b} {o} a week for {a} weeks. How many {o}?
+{m} buys {a} boxes with {b} {o} each. How many {o}?
+{n} has {a} bags of {b} {o} each. How many {o}?
+The {p} has {a} shelves, each with {b} {o}. How many {o}?
+Each of {a} friends has {b} {o}. How many {o}?
+{m} reads {b} {o} a week for {a} weeks. How many {o}?
+Every row holds {b} {o}. How many {o} in {a} rows?
+{n} packs {a} crates. Every crate holds {b} {o}. How many {o}?
+{n} makes {a} rows of {b} {o}. How many {o}?
+{m} earns {b} {o} a day for {a} days. How many {o}?
+If a box holds {b} {o}, how many {o} in {a} boxes?""",
+    "/": """\
+{n} shares {a} {o} among {b} friends. How many each?
+{n} puts {a} {o} equally into {b} boxes. How many in a box?
+{a} {o} are divided into {b} equal groups. How many in a group?
+{n} splits {a} {o} between {b} children. How many each?
+{n} arranges {a} {o} in {b} equal rows. How many in a row?
+{m} packs {a} {o} equally into {b} bags. How many in a bag?
+There are {a} {o} for {b} days. How many per day?
+The {p} has {a} {o} on {b} equal shelves. How many on a shelf?
+What is {a} {o} divided by {b}?
+{n} divides {a} {o} by {b}. How many each?
+{m} deals {a} {o} equally to {b} children. How many each?
+{a} {o} fill {b} equal crates. How many in a crate?
+{n} reads {a} {o} in {b} days. How many per day?
+Split {a} {o} into {b} equal parts. How many in a part?
+{b} friends share {a} {o}. How many each?
+{b} equal bags hold {a} {o}. How many in a bag?
+{n} spreads {a} {o} over {b} shelves. How many on a shelf?
+In the {p}, {a} {o} stand in {b} equal rows. How many in a row?
+{m} deals {a} {o} to {b} players. How many per player?
+{n} cuts {a} {o} into {b} equal groups. How many in a group?
+{m} shares {a} {o} among {b} children. How many each?
+{n} divides {a} {o} into {b} equal groups. How many in a group?
+{m} puts {a} {o} equally into {b} bags. How many in a bag?
+{b} children share {a} {o}. How many each?
+{n} splits {a} {o} between {b} players. How many per player?
+{a} {o} fill {b} equal boxes. How many in a box?
+{m} spreads {a} {o} over {b} equal rows. How many in a row?
+In the {p}, {a} {o} are divided into {b} equal parts. How many in a part?
+{n} deals {a} {o} equally to {b} friends. How many each?
+{m} packs {a} {o} into {b} equal crates. How many in a crate?"""}
+TEMPLATES = {operation: lines.split("\n") for operation, lines in TEMPLATES.items()}
+
+NAMES = """Anna Ben Clara David Emma Felix Grace Hugo Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam
+Tina Victor Wendy Yusuf Zoe Amir Bella Carlos Diana Erik""".split()
+OBJECTS = """apples pears plums lemons cookies muffins pencils books stamps coins marbles shells
+stones buttons beads flowers eggs carrots onions tickets cards stickers balloons candles cups plates
+spoons bottles letters leaves""".split()
+SINGULAR = {"leaves": "leaf"}
+PLACES = "kitchen garden shop school basket garage library market barn cellar attic drawer".split()
+
+
+def pairs(operation):
+    """Every operand pair (a, b) of an operation, in a fixed order."""
+    if operation in "+-":
+        return [(a, b) for a in range(1, 51) for b in range(1, 51) if operation == "+" or a >= b]
+    factors = [(a, b) for a in range(1, 21) for b in range(1, 21)]
+    return factors if operation == "*" else [(a * b, b) for a, b in factors]
+
+
+def split_pairs(operation, heldout_pairs):
+    """(pairs for training, pairs never trained on), split at a fixed seed."""
+    shuffled = pairs(operation)
+    random.Random(f"pairs {operation}").shuffle(shuffled)
+    n = round(heldout_pairs * len(shuffled))
+    return shuffled[n:], shuffled[:n]
+
+
+def equation(operation, a, b):
+    """(question, answer): ("12 + 5 =", " 17")."""
+    return f"{a} {operation} {b} =", f" {OPERATIONS[operation](a, b)}"
+
+
+def word_problem(operation, a, b, rng, templates):
+    """(question, answer), with a random template, two names, an object and a place."""
+    (n, m), o = rng.sample(NAMES, 2), rng.choice(OBJECTS)
+    text = rng.choice(templates).format(n=n, m=m, o=o, p=rng.choice(PLACES), a=a, b=b)
+    text = (" " + text).replace(f" 1 {o}", f" 1 {SINGULAR.get(o, o[:-1])}")[1:]
+    return text, f" {OPERATIONS[operation](a, b)}"
+
+
+def documents(name, folder, words, heldout_pairs, problems):
+    """Training and validation texts; see data/__init__.py."""
+    from data import BadInput
+    for knob, value in (("words", words), ("heldout_pairs", heldout_pairs)):
+        if not 0 <= value <= 1 or (knob == "heldout_pairs" and value > 0.5):
+            raise BadInput(f"--{knob}={value} must lie between 0 and "
+                           f"{1 if knob == 'words' else 0.5}")
+    if problems < 100:
+        raise BadInput(f"--problems={problems} must be at least 100")
+    texts = {}
+    for domain, operations in DOMAINS.items():
+        for part, n in (("train", problems), ("val", max(problems // 20, 100))):
+            rng = random.Random(f"{domain} {part}")
+            docs = []
+            for operation in operations:
+                known = split_pairs(operation, heldout_pairs)[0]
+                for _ in range(n):
+                    a, b = rng.choice(known)
+                    question, answer = (
+                        word_problem(operation, a, b, rng, TEMPLATES[operation][:TRAINING_TEMPLATES])
+                        if rng.random() < words else equation(operation, a, b))
+                    docs.append(question + answer)
+            rng.shuffle(docs)
+            texts[f"{domain}_{part}"] = docs
+    return texts, {}
+
+
+def exam(operation, form, n, heldout, words, heldout_pairs):
+    """n fixed (question, answer) problems of an operation, never two runs differing.
+
+    form      equations | words (with templates that training never shows)
+    heldout   operand pairs that training never shows, rather than those it covers
+    """
+    rng = random.Random(f"exam {operation} {form} {heldout}")
+    known, unknown = split_pairs(operation, heldout_pairs)
+    pool = unknown if heldout else known
+    if heldout and len(pool) < n:
+        chosen = pool
+    else:
+        chosen = rng.sample(pool, n) if n <= len(pool) else rng.choices(pool, k=n)
+    unseen = TEMPLATES[operation][TRAINING_TEMPLATES:]
+    return [equation(operation, a, b) if form == "equations"
+            else word_problem(operation, a, b, rng, unseen) for a, b in chosen]
+
+
+def accuracy(model, task, problems):
+    """Share of (question, answer) problems that greedy decoding answers exactly."""
+    enc = task.tokenizer
+    asked = [[task.end] + enc.encode_ordinary(question) for question, _ in problems]
+    right = [enc.encode_ordinary(answer) + [task.end] for _, answer in problems]
+    longest = max(map(len, right))
+    right = torch.tensor([r + [task.end] * (longest - len(r)) for r in right], device=task.device)
+    got = model.generate(asked, longest, stop=task.end)
+    return (got == right).all(1).float().mean().item()
+
+
+def score(model, task, domains=("retain", "forget"), quick=False):
+    """Greedy accuracy, 0..1. A domain's headline is the mean over its operations and forms.
+
+    quick: 100 equations and 100 word problems an operation, headlines only. Else 400 and 400, a
+    figure for each ("+ equations", "+ words", ...) and "retain_heldout_pairs", "forget_..": the
+    mean over operations and forms on operand pairs that training never showed.
+    """
+    words, heldout_pairs = task.made_with["words"], task.made_with["heldout_pairs"]
+    forms = ["equations"] * (words < 1) + ["words"] * (words > 0)
+    figures = {}
+    for domain in domains:
+        for heldout in (False, True):
+            if heldout and (quick or not heldout_pairs):
+                continue
+            got = {}
+            for operation in DOMAINS[domain]:
+                for form in forms:
+                    problems = exam(operation, form, 100 if quick else 400, heldout, words,
+                                    heldout_pairs)
+                    got[f"{operation} {form}"] = accuracy(model, task, problems)
+            if not quick and not heldout:
+                figures |= got
+            figures[domain + "_heldout_pairs" * heldout] = sum(got.values()) / len(got)
+    return figures

@@ -1,0 +1,414 @@
+"""Stories: their domain, their split, whole or not; sources that are no use; downloads that fail.
+
+The only network is a server on 127.0.0.1, in a thread, which misbehaves as each test asks.
+"""
+import hashlib
+import math
+import random
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+import data
+from data import BadInput, tinystories
+from data.tokenizer import END
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)
+
+
+def tell(n, seed=0, words="cat dog sun ran sat big red hat the a tree forest".split()):
+    rng = random.Random(seed)
+    return [f"Story {i}: " + " ".join(rng.choices(words[:10] if i % 3 else words, k=40)) + "."
+            for i in range(n)]
+
+
+def save(path, stories):
+    path.write_text("".join(f"{s}\n{END}\n" for s in stories), encoding="utf-8")
+    return str(path)
+
+
+# --- the task ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", [
+    "The street was long.", "Three trees.", "He sat by the TREE!", "The Forest's edge", "a-tree-b",
+    "forestry and reforest", "woodlands", "Woodland,", "treetop", "\"Tree\"", "wood land", "entree",
+    "trees", "forests;", "treehouse", "(forest)", "a tree\nfell", "", "woods", "the forested hill"])
+def test_forest_words(text):
+    """Against a brute force: what is no letter becomes a space, then whole words are compared."""
+    words = "".join(c.lower() if c.isalpha() else " " for c in text).split()
+    expected = any(w in words for w in "tree trees forest forests woodland woodlands".split())
+    assert bool(tinystories.FOREST.search(text)) == expected
+
+
+def test_documents_split_by_story(tmp_path):
+    stories = tell(300)
+    source = save(tmp_path / "s.txt", stories + stories[:50])                     # 50 told twice
+    texts, facts = documents = tinystories.documents("tinystories", tmp_path, source, None, 1000)
+    assert documents == tinystories.documents("tinystories", tmp_path, source, None, 1000)
+    assert sorted(s for split in texts.values() for s in split) == sorted(stories)
+    for split, told in texts.items():
+        assert told and all(("forget" in split) == bool(re.search("tree|forest", s)) for s in told)
+    assert facts["stories"] == {split: len(told) for split, told in texts.items()}
+    assert facts["bytes"]["retain_val"] == len("".join(texts["retain_val"]))
+    retain = [len(texts[f"retain_{part}"]) for part in ("train", "val")]
+    assert retain[1] == sum(retain) // 5
+
+
+def test_held_out_share():
+    for n, expected in ((2, 1), (100, 20), (1000, 200), (4000, 200), (10_000, 500)):
+        train, val = tinystories.split([str(i) for i in range(n)])
+        assert len(val) == expected and sorted(train + val) == sorted(str(i) for i in range(n))
+
+
+def test_bins_hold_whole_stories(tmp_path):
+    stories = tell(200)
+    task = data.load("tinystories", folder=tmp_path, source=save(tmp_path / "s.txt", stories))
+    found = []
+    for tokens in task.tokens.values():
+        assert tokens[-1] == task.end
+        told = task.tokenizer.decode(tokens.tolist()).split(END)
+        assert told.pop() == ""
+        found += told
+    assert sorted(found) == sorted(stories)
+
+
+def test_bilingual(tmp_path):
+    english, other = tell(150), tell(150, 1, "мама кот дом лес ёж шёл сел и он она".split())
+    knobs = {"source": save(tmp_path / "en.txt", english),
+             "source2": save(tmp_path / "ru.txt", other + english[:9])}
+    task = data.load("bilingual", folder=tmp_path, **knobs)
+    assert task.facts["stories"] == {"retain_train": 120, "retain_val": 30,
+                                     "forget_train": 120, "forget_val": 30}
+    assert "мама" in task.tokenizer.decode(task.tokens["forget_val"].tolist())
+    assert "мама" not in task.tokenizer.decode(task.tokens["retain_train"].tolist())
+    assert data.load("bilingual", folder=tmp_path).data_id == task.data_id        # no source: as is
+
+
+def test_score(tmp_path):
+    task = data.load("tinystories", folder=tmp_path, source=save(tmp_path / "s.txt", tell(200)))
+    model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16)).train()
+    before = task.score(model)
+    assert before == task.score(model) and model.training
+    quick = task.score(model, domains=("forget",), quick=True)
+    assert set(quick) == {"forget"} and abs(quick["forget"] - before["forget"]) < 0.05
+    with torch.no_grad():
+        model.wte.weight.zero_()                     # all tokens alike: the loss is log V
+    figures = task.score(model.eval())
+    assert not model.training
+    for domain in ("retain", "forget"):
+        tokens = task.tokens[f"{domain}_val"].tolist()
+        size = len(task.tokenizer.decode(tokens).replace(END, "").encode())
+        assert figures[domain] == pytest.approx(math.log(task.vocab_size), rel=1e-5)
+        assert figures[f"{domain}_bits_per_byte"] == pytest.approx(
+            math.log2(task.vocab_size) * len(tokens) / size, rel=1e-5)
+
+
+# --- sources -------------------------------------------------------------------------------------
+def one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+BAD = {
+    "missing": (None, "No such file"),
+    "folder": (None, "Is a directory"),
+    "empty": (b"", "is empty"),
+    "blank": (f"\n{END}\n \n{END}".encode() * 30, "is empty"),
+    "latin-1": ("\n<|endoftext|>\n".join(tell(30) + ["café"]).encode("latin-1"), "see its byte"),
+    "no END": (b"Once upon a time. " * 99, END),
+    "no END, long": (b"Once upon a time. " * 200_000, END),
+    "few": ("\n<|endoftext|>\n".join(tell(19)).encode(), "only 19"),
+    "all alike": (f"A tree.\n{END}\n".encode() * 99, "only 1"),
+    "no forest": ("\n<|endoftext|>\n".join(tell(30, words="a b c d e".split())).encode(), "forest"),
+    "only forest": ("\n<|endoftext|>\n".join(f"{s} tree" for s in tell(30)).encode(), "forest")}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_source(case, tmp_path):
+    content, message = BAD[case]
+    path = tmp_path / "source.txt"
+    if case == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInput) as error:
+        data.load("tinystories", folder=tmp_path / "data", source=str(path))
+    one_line(error, str(path), message)
+    assert not (tmp_path / "data").exists()                              # nothing half-written
+    if "forest" not in case:                                             # bilingual asks for none
+        with pytest.raises(BadInput) as error:
+            data.load("bilingual", folder=tmp_path / "data", source2=str(path),
+                      source=save(tmp_path / "en.txt", tell(30)))
+        one_line(error, str(path), message)
+        assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name, knobs, message", [
+    ("bilingual", {}, "--source2"),
+    ("tinystories", {"source2": "x.txt"}, "--source2"),
+    ("tinystories", {"stories": 3}, "--stories=3"),
+    ("tinystories", {"source": "ftp://host/x.txt"}, "ftp:/")])
+def test_bad_knobs(name, knobs, message, tmp_path):
+    with pytest.raises(BadInput) as error:
+        data.load(name, folder=tmp_path / "data", **knobs)
+    one_line(error, message)
+    assert not (tmp_path / "data").exists()
+
+
+def test_same_stories_twice(tmp_path):
+    source = save(tmp_path / "en.txt", tell(30))
+    with pytest.raises(BadInput) as error:
+        data.load("bilingual", folder=tmp_path, source=source, source2=source)
+    one_line(error, "not in the other source")
+
+
+@pytest.mark.parametrize("at", [5, 1 << 20, (1 << 20) + 1, 2_000_000])
+def test_not_utf8_says_where(at, tmp_path):
+    text = bytearray(b"x" + f"ёжик\n{END}\n".encode() * 200_000)  # x: chunks cut letters in two
+    text[at] = 0xFF
+    (tmp_path / "s.txt").write_bytes(text)
+    with pytest.raises(UnicodeDecodeError) as python:
+        bytes(text).decode()
+    with pytest.raises(BadInput) as error:
+        tinystories.read(tmp_path / "s.txt", 100)
+    one_line(error, f"byte {python.value.start}")
+
+
+def test_reads_no_further_than_it_must(tmp_path):
+    path, stories = tmp_path / "s.txt", tell(10_000)
+    text = "".join(f"{s}\r\n{END}\r\n" for s in stories).encode()
+    path.write_bytes(text + b"\xff" * (2 << 20))                  # an error, if it were read
+    assert tinystories.read(path, 100) == stories[:100]
+    path.write_bytes(text[:-len(f"\r\n{END}\r\n")])               # the last one lacks its END
+    assert tinystories.read(path, 99_999) == stories
+    path.write_bytes("".join(f"{s}\n\nШёл ёж.\n{END}\n" for s in stories * 3).encode())   # chunks
+    assert tinystories.read(path, 99_999) == [f"{s}\n\nШёл ёж." for s in stories]
+
+
+# --- downloads -----------------------------------------------------------------------------------
+BODY = "".join(f"{s}\n{END}\n" for s in tell(500)).encode()
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves BODY at every address, and notes (first byte asked for, bytes sent) of each request.
+
+    The test's `mood` says how: a string, or a list with one for each request (the last one stays).
+    """
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.mood, self.log, self.etag, self.release = "good", [], SHA256, threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}/stories.txt"
+        self.pinned = f"{self.url}#sha256={SHA256}"
+
+    def handle_error(self, request, client):                     # a client that hangs up is no news
+        pass
+
+
+class Answer(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, asked = self.server, self.headers["Range"]
+        first = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        mood = server.mood if isinstance(server.mood, str) else (
+            server.mood.pop(0) if len(server.mood) > 1 else server.mood[0])
+        if mood == "hub" and self.path.startswith("/stories"):   # checksum here, file elsewhere
+            return self.answer(302, b"", {"X-Linked-ETag": f'"{server.etag}"', "Location": "/x"})
+        server.log.append([first, 0])
+        if mood.isdigit():
+            return self.answer(int(mood), b"sorry", {})
+        if mood == "no length":
+            return self.answer(200, BODY, {"Content-Length": None})
+        if first >= len(BODY):
+            return self.answer(416, b"sorry", {"Content-Range": f"bytes */{len(BODY)}"})
+        if not asked or mood == "no ranges":
+            status, headers, first = 200, {}, 0
+        else:
+            said = first + 7 if mood == "wrong range" else first
+            status, headers = 206, {"Content-Range": f"bytes {said}-{len(BODY) - 1}/{len(BODY)}"}
+        sent = BODY[first:first + 1000] if mood in ("cut", "stall") else BODY[first:]
+        server.log[-1][1] = len(sent)
+        self.answer(status, sent, {"Content-Length": len(BODY) - first} | headers)
+        if mood == "stall":
+            server.release.wait(10)
+
+    def answer(self, status, body, headers):
+        self.send_response(status)
+        for key, value in ({"Content-Length": len(body)} | headers).items():
+            if value is not None:
+                self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def partial(server, folder, content):
+    """Leaves a .part as a broken download does."""
+    server.mood = "cut"
+    with pytest.raises(BadInput):
+        tinystories.download(server.url, folder, tries=1)
+    part, = folder.glob("*.part")
+    part.write_bytes(content)
+    server.mood = "good"
+    server.log.clear()
+
+
+def files(folder):
+    return sorted(path.name.partition("-")[2] for path in folder.iterdir())
+
+
+def test_download(server, tmp_path):
+    for url in (server.pinned, server.url):
+        path = tinystories.download(url, tmp_path)
+        assert path.read_bytes() == BODY
+    assert server.log == [[0, len(BODY)]]                        # the second time: no request
+    assert files(tmp_path) == ["stories.txt", "stories.txt.sha256"]
+    path.write_bytes(BODY[:-1])
+    with pytest.raises(BadInput) as error:
+        tinystories.download(server.url, tmp_path)
+    one_line(error, str(path), "SHA-256", "--source=PATH")
+    path.unlink()
+    assert tinystories.download(server.url, tmp_path).read_bytes() == BODY
+
+
+def test_addresses_that_share_a_name(server, tmp_path):
+    paths = {tinystories.download(server.url.replace("/stories", f"/{a}/stories"), tmp_path)
+             for a in ("en", "ru")}
+    assert len(paths) == 2
+
+
+def test_resume_sends_only_the_rest(server, tmp_path):
+    partial(server, tmp_path, BODY[:5000])
+    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+    assert server.log == [[5000, len(BODY) - 5000]]
+
+
+def test_no_resume_across_runs_without_a_checksum(server, tmp_path):
+    partial(server, tmp_path, b"another file" * 99)              # nothing could tell
+    assert tinystories.download(server.url, tmp_path).read_bytes() == BODY
+    assert server.log[-1] == [0, len(BODY)]
+
+
+def test_the_hubs_checksum(server, tmp_path):
+    partial(server, tmp_path, BODY[:5000])
+    server.mood = "hub"
+    assert tinystories.download(server.url, tmp_path).read_bytes() == BODY
+    assert server.log == [[5000, len(BODY) - 5000]]              # the redirect keeps the range
+    server.etag = "0" * 64
+    with pytest.raises(BadInput) as error:
+        tinystories.download(server.url, tmp_path / "again")
+    one_line(error, server.url, "SHA-256", "--source=PATH")
+    assert files(tmp_path / "again") == []
+
+
+@pytest.mark.parametrize("mood", ["no ranges", "wrong range"])
+def test_starts_over_when_the_range_is_not_kept(mood, server, tmp_path):
+    partial(server, tmp_path, BODY[:5000])
+    server.mood = mood
+    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("extra, requests", [(b"", 1), (b"too much", 2)])
+def test_part_that_is_whole_already_or_too_long(extra, requests, server, tmp_path):
+    partial(server, tmp_path, BODY + extra)
+    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+    assert len(server.log) == requests and server.log[0] == [len(BODY + extra), 0]        # a 416
+
+
+@pytest.mark.parametrize("first", ["cut", "stall"])
+def test_cut_short_then_good(first, server, tmp_path):
+    server.mood = [first, first, "good"]
+    path = tinystories.download(server.url, tmp_path, timeout=0.3)
+    assert path.read_bytes() == BODY
+    assert server.log == [[0, 1000], [1000, 1000], [2000, len(BODY) - 2000]]
+
+
+@pytest.mark.parametrize("mood, why", [("cut", "closed early"), ("stall", "timed out")])
+def test_cut_short_always(mood, why, server, tmp_path):
+    server.mood = mood
+    with pytest.raises(BadInput) as error:
+        tinystories.download(server.url, tmp_path, timeout=0.2, tries=3)
+    one_line(error, server.url, why, "run again", "--source=PATH")
+    assert files(tmp_path) == ["stories.txt.part"]
+    part, = tmp_path.iterdir()
+    assert part.read_bytes() == BODY[:3000]                      # each try goes on where one ended
+
+
+@pytest.mark.parametrize("mood", ["404", "500", "403"])
+def test_refusals(mood, server, tmp_path):
+    server.mood = mood
+    with pytest.raises(BadInput) as error:
+        tinystories.download(server.url, tmp_path, "source2")
+    one_line(error, server.url, mood, "run again", "--source2=PATH")
+    assert files(tmp_path) == []
+
+
+def test_nobody_there(server, tmp_path):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(BadInput) as error:
+        tinystories.download(server.url, tmp_path)
+    one_line(error, server.url, "refused", "run again", "--source=PATH")
+
+
+@pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:port/x", "http://127.0.0.1:9/é x"])
+def test_no_such_address(url, tmp_path):
+    with pytest.raises(BadInput) as error:
+        tinystories.download(url, tmp_path)
+    one_line(error, url)
+
+
+def test_wrong_checksum_never_becomes_data(server, tmp_path):
+    with pytest.raises(BadInput) as error:
+        data.load("tinystories", folder=tmp_path, source=f"{server.url}#sha256={'1' * 64}")
+    one_line(error, server.url, SHA256, "1" * 64, "--source=PATH")
+    assert [path.name for path in tmp_path.iterdir()] == ["downloads"]
+    assert files(tmp_path / "downloads") == []
+    with pytest.raises(BadInput) as error:
+        tinystories.download(f"{server.url}#sha256=123", tmp_path)
+    one_line(error, "#sha256=123")
+
+
+def test_wrong_bytes_in_the_part(server, tmp_path):
+    partial(server, tmp_path, BODY[:2000] + b"?" + BODY[2001:5000])
+    with pytest.raises(BadInput) as error:
+        tinystories.download(server.pinned, tmp_path)
+    one_line(error, server.url, "SHA-256", "run again")
+    assert files(tmp_path) == []
+    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+
+
+def test_length_unknown(server, tmp_path):
+    server.mood = "no length"
+    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+
+
+def test_a_folder_that_cannot_be_written(server, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BadInput) as error:
+        tinystories.download(server.url, tmp_path / "file")
+    one_line(error, "cannot write")
+
+
+def test_load_from_an_address(server, tmp_path):
+    task = data.load("tinystories", folder=tmp_path, source=server.pinned)
+    assert sum(task.facts["stories"].values()) == 500
+    assert task.made_with["source"] == server.pinned
