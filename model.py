@@ -8,11 +8,17 @@ Three plain ways in, for the scripts that look inside:
   model.blocks[i].head(h)      views of one attention head's weights
   model.blocks[i].units(js)    views of some MLP units' weights
 """
-from dataclasses import dataclass
+import hashlib
+import io
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from data import write
 
 
 @dataclass
@@ -215,3 +221,36 @@ class GPT(nn.Module):
             out.append(new)
             idx = new[:, None]
         return torch.stack(out, 1)
+
+
+SEAL = b"sha256:"            # a model file is what torch.save writes, then SEAL and its digest
+
+
+def write_model(path, model, made_with, record):
+    """Weights, config, steps, history and cost (of fit) to a file; all or nothing."""
+    buffer = io.BytesIO()
+    torch.save({"model": {k: v.detach().cpu() for k, v in model.state_dict().items()},
+                "config": asdict(model.config), "made_with": made_with,
+                **{k: record[k] for k in ("steps", "flops", "history")}}, buffer)
+    body = buffer.getvalue()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write(path, body + SEAL + hashlib.sha256(body).digest())
+
+
+def read_model(path, device="cpu"):
+    """(GPT, the dict that write_model wrote). ValueError, in one line, if the file is no such thing."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing: train.py, unlearn.py and undo.py make models")
+    content = Path(path).read_bytes()
+    cut = len(content) - len(SEAL) - 32
+    if cut <= 0 or content[cut:] != SEAL + hashlib.sha256(content[:cut]).digest():
+        raise ValueError(f"{path} is damaged (its checksum does not fit): delete it to make it "
+                         f"again")
+    try:
+        checkpoint = torch.load(io.BytesIO(content[:cut]), map_location=device, weights_only=True)
+        model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+        checkpoint["made_with"]["task"]
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a model of this project ({type(error).__name__})") from None
+    return model, checkpoint

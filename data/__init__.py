@@ -19,15 +19,12 @@ import torch
 from tqdm import tqdm
 
 from data import tokenizer
+from data.knobs import BadInput
 
 TASKS = {"arithmetic": "arithmetic", "language": "language",
          "tinystories": "tinystories", "bilingual": "tinystories"}           # name -> file
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
 FOLDER = Path(__file__).parent
-
-
-class BadInput(Exception):
-    """Something the user gave cannot be used: one line that says what, and what to do."""
 
 
 def module(name):
@@ -56,10 +53,7 @@ class Task:
         self.data_id = hashlib.sha256(json.dumps(meta["files"]).encode()).hexdigest()[:12]
         self.tokens = {s: np.memmap(folder / f"{s}.bin", np.uint16, mode="r") for s in SPLITS}
         for split, tokens in self.tokens.items():
-            if len(tokens) <= self.block_size:
-                raise BadInput(f"{folder / split}.bin holds {len(tokens)} tokens, too few for rows "
-                               f"of {self.block_size}: give a longer --source or a smaller "
-                               f"--block_size")
+            enough(name, split, len(tokens), self.block_size)
         retain, forget = (len(self.tokens[f"{d}_train"]) for d in ("retain", "forget"))
         self.forget_share = forget / (retain + forget)
 
@@ -82,12 +76,25 @@ class Task:
         rows = rows.to(self.device)
         return rows[:, :-1], rows[:, 1:]
 
+    @torch.no_grad()
+    def loss(self, model, domain, rows=64):
+        """Mean loss in nats per token over the same held-out rows of a domain every time."""
+        size = min(rows, 32)
+        losses = [model(*self.batch(domain, size, i, 0, "val")) for i in range(rows // size)]
+        return torch.stack(losses).mean().item()
+
     def score(self, model, domains=("retain", "forget"), quick=False):
         """{"retain": .., "forget": .., finer figures} on fixed held-out data.
 
         quick   fewer examples and the two headline figures only: for use while training
         """
         return self.module.score(model, self, domains, quick)
+
+
+def enough(name, split, tokens, block_size):
+    if tokens <= block_size:
+        raise BadInput(f"{name}: {split} holds {tokens} tokens, too few for rows of {block_size}: "
+                       f"give a longer --source or a smaller --block_size")
 
 
 def load(name, folder=None, block_size=None, device="cpu", **knobs):
@@ -105,12 +112,13 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     asked = {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
     folder = Path(folder or FOLDER) / name
     meta = read_meta(folder)
-    if meta and any(meta["made_with"].get(k) != v for k, v in asked.items()
-                    if not (k.startswith("source") and v is None)):     # no source: what is there
-        print(f"data: {folder.name} was made with other knobs, making it again")
-        meta = None
-    if meta is None:
-        meta = prepare(name, folder, asked)
+    for knob in ("source", "source2"):
+        if asked.get(knob) and "://" not in asked[knob]:
+            asked[knob] = str(Path(asked[knob]).resolve())        # one file, one name
+        elif knob in asked and asked[knob] is None and meta:
+            asked[knob] = meta["made_with"].get(knob)             # no source given: the one before
+    if not meta or meta["made_with"] != asked:
+        meta = prepare(name, folder, asked, block_size)
     for file, facts in meta["files"].items():
         if sha256(folder / file) != facts["sha256"]:
             raise BadInput(f"{folder / file} is damaged (its checksum is not the one in meta.json): "
@@ -134,10 +142,10 @@ def read_meta(folder):
     raise BadInput(f"{path} is damaged: delete the folder {folder} to make it again")
 
 
-def prepare(name, folder, knobs):
+def prepare(name, folder, knobs, block_size=None):
     """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json comes last."""
     mod = module(name)
-    print(f"data: making {folder.name} in {folder}")
+    print(f"data: making {name} in {folder}")
     texts, facts = mod.documents(name, folder, **knobs)
     for split in SPLITS:
         if not texts[split]:
@@ -153,7 +161,9 @@ def prepare(name, folder, knobs):
         for i in range(0, len(docs), 10_000):                 # in chunks: lists of ints are large
             for ids in enc.encode_ordinary_batch(docs[i:i + 10_000]):
                 packed.append(np.array(ids + [enc.n_vocab - 1], np.uint16).tobytes())
-        write(folder / f"{split}.bin", b"".join(packed))
+        content = b"".join(packed)
+        enough(name, split, len(content) // 2, block_size or mod.SETTINGS[name]["block_size"])
+        write(folder / f"{split}.bin", content)
     files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
              for f in ("tokenizer.json", *(f"{s}.bin" for s in SPLITS))}
     meta = {"task": name, "made_with": knobs, "facts": facts, "files": files}

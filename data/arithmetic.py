@@ -9,10 +9,19 @@ import random
 
 import torch
 
+from data.knobs import BadInput
+
 higher_is_better = True                # a score is greedy accuracy
 SETTINGS = {"arithmetic": dict(
-    block_size=64, n_layer=3, n_head=4, n_embd=128, vocab_size=1024,
-    batch_size=64, steps=1000)}
+    block_size=64, vocab_size=1024,
+    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=64, steps=1200, lr=3e-3, muon_lr=0.02),
+    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60, 80], attack_rows=32),
+    maxent=dict(steps=60, lr=1e-3, batch_size=64),
+    graddiff=dict(steps=60, lr=3e-4, batch_size=64),
+    rmu=dict(steps=60, lr=1e-3, batch_size=64),
+    oracle=dict(steps=200, lr=1e-3, batch_size=64),
+    finetune=dict(steps=60, lr=1e-3, batch_size=64),
+    undo=dict(alphas=[0.6, 0.8], steps=800, batch_size=64, lr=3e-3, muon_lr=0.02, check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
          "heldout_pairs": 0.04,        # share of operand pairs kept out of training
          "problems": 60_000}           # training problems an operation
@@ -189,7 +198,6 @@ def word_problem(operation, a, b, rng, templates):
 
 def documents(name, folder, words, heldout_pairs, problems):
     """Training and validation texts; see data/__init__.py."""
-    from data import BadInput
     for knob, value in (("words", words), ("heldout_pairs", heldout_pairs)):
         if not 0 <= value <= 1 or (knob == "heldout_pairs" and value > 0.5):
             raise BadInput(f"--{knob}={value} must lie between 0 and "

@@ -8,25 +8,27 @@ A source is a path or URL of a UTF-8 file of stories, a line <|endoftext|> betwe
 --source the English stories are TinyStories (Eldan and Li 2023) from their public home.
 """
 import codecs
-import hashlib
 import math
-import os
 import re
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from data import BadInput, sha256
+from data import BadInput
+from data.download import download
 from data.tokenizer import END
 
 SETTINGS = {name: dict(
-    block_size=128,          # T: most of a story, which is 160 to 200 tokens long
-    n_layer=4, n_head=4, n_embd=192, vocab_size=4096,
-    batch_size=32, steps=1000) for name in ("tinystories", "bilingual")}
+    block_size=128, vocab_size=4096,           # T: more than half a story, which has some 220 tokens
+    train=dict(n_layer=4, n_head=4, n_embd=192, batch_size=32, steps=1200, lr=3e-3, muon_lr=0.02),
+    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[5, 10, 20, 40, 60], attack_rows=16),
+    maxent=dict(steps=60, lr=1e-3, batch_size=32),
+    graddiff=dict(steps=60, lr=3e-4, batch_size=32),
+    rmu=dict(steps=60, lr=1e-3, batch_size=32),
+    oracle=dict(steps=200, lr=1e-3, batch_size=32),
+    finetune=dict(steps=60, lr=1e-3, batch_size=32),
+    undo=dict(alphas=[0.6, 0.8], steps=1000, batch_size=32, lr=3e-3, muon_lr=0.02, check_every=10))
+    for name in ("tinystories", "bilingual")}
 KNOBS = {"source": None,     # a path or URL; None: HOME
          "source2": None,    # bilingual only: the stories to forget
          "stories": 100_000}     # the most to take from a source
@@ -90,20 +92,13 @@ def score(model, task, domains=("retain", "forget"), quick=False):
     """
     training = model.training
     model.eval()
-    figures = {domain: loss(model, task, domain, 32 if quick else 256) for domain in domains}
+    figures = {domain: task.loss(model, domain, 32 if quick else 256) for domain in domains}
     if not quick:
         for domain in domains:
             tokens, size = len(task.tokens[f"{domain}_val"]), task.facts["bytes"][f"{domain}_val"]
             figures[f"{domain}_bits_per_byte"] = figures[domain] / math.log(2) * tokens / size
     model.train(training)
     return figures
-
-
-@torch.no_grad()
-def loss(model, task, domain, rows):
-    """Mean loss in nats per token over `rows` held-out rows, the same ones at every call."""
-    batches = (task.batch(domain, 32, step, seed=0, part="val") for step in range(rows // 32))
-    return torch.stack([model(x, y) for x, y in batches]).mean().item()
 
 
 # --- sources -------------------------------------------------------------------------------------
@@ -160,109 +155,3 @@ def between_ends(path):
             if len(rest) > 1 << 20:
                 raise BadInput(f"{path} holds no stories: there is no line {END} in the million "
                                f"characters before byte {at}")
-
-
-# --- downloads -----------------------------------------------------------------------------------
-def download(url, folder, knob="source", timeout=30, tries=5):
-    """The path in `folder` of the file at `url`, downloaded unless it is there already.
-
-    url      may end in #sha256=HEX, the checksum that the file must have. Without it the one that
-             the hub names counts; other servers name none, and only the size can be checked
-    knob     the command-line knob that takes a local copy instead: for the messages
-    timeout  seconds without a byte, after which a connection counts as stalled
-    Until it is whole and checked, a file is called .part, and the next call goes on where it ends.
-    From then on it is held against the checksum beside it, .sha256. Raises BadInput, one line.
-    """
-    url, _, expected = url.partition("#sha256=")
-    if expected and not re.fullmatch("[0-9a-f]{64}", expected):
-        raise BadInput(f"#sha256={expected} is no checksum: give 64 digits of 0-9 and a-f")
-    name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].rpartition("/")[2])
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"   # two hosts may share a name
-    path, part, record = (Path(folder) / (name + end) for end in ("", ".part", ".sha256"))
-    ways_out = f"run again to go on, or, with no network, give --{knob}=PATH to a local copy"
-    try:
-        if path.exists():
-            expected = expected or (record.read_text() if record.exists() else "")
-            if expected not in ("", sha256(path)):
-                raise BadInput(f"{path} does not have the SHA-256 it should: delete it to download "
-                               f"{url} again, or give --{knob}=PATH to a local copy")
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        expected = fetch(url, part, expected, ways_out, timeout, tries)
-        arrived = sha256(part)
-        if expected not in ("", arrived):
-            part.unlink()
-            raise BadInput(f"{url} gave a wrong or damaged file, thrown away: its SHA-256 is "
-                           f"{arrived}, not {expected}; {ways_out}")
-        record.write_text(arrived)
-        os.replace(part, path)
-        return path
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
-
-
-def fetch(url, part, expected, ways_out, timeout, tries):
-    """Fills the file `part` with all that `url` holds; returns the SHA-256 it should have or ""."""
-    redirects = Redirects()
-    opener = urllib.request.build_opener(redirects)
-    for attempt in range(tries):
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"User-Agent": "nanoUnlearn"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            answer = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
-        except (OSError, HTTPException, ValueError) as error:
-            if getattr(error, "code", None) != 416:        # 416: no bytes there. Are ours all?
-                raise BadInput(f"cannot download {url}: {error}; {ways_out}") from None
-            answer = error
-        with answer:
-            expected = expected or redirects.sha256
-            start, total = extent(answer)
-            # Start over unless these are the bytes after ours, and unless a checksum will tell
-            # whether what an earlier run left us belongs to the same file.
-            if start not in (0, have) or (start and not expected and not attempt):
-                part.unlink(missing_ok=True)
-                cut = "the server sends other bytes than it is asked for"
-                continue
-            cut = None if answer.status == 416 else receive(answer, part, start, total)
-        if part.stat().st_size == total or (total is None and not cut):
-            return expected
-    raise BadInput(f"cannot download {url}: {cut or 'the connection closed early'}, {tries} times; "
-                   f"{ways_out}")
-
-
-def extent(answer):
-    """(first, total): where in the file an answer's body begins, how long the file is.
-
-    None, None when it is a part, but does not say which; total is None when the length is unknown.
-    """
-    if answer.status in (206, 416):
-        said = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", answer.headers["Content-Range"] or "")
-        return (int(said[1] or said[2]), int(said[2])) if said else (None, None)
-    length = answer.headers["Content-Length"]
-    return 0, int(length) if length else None
-
-
-def receive(answer, part, start, total):
-    """Writes an answer's body to `part` from byte `start` on; returns what error cut it short."""
-    with (open(part, "ab" if start else "wb") as f, tqdm(
-            total=total, initial=start, desc=part.stem, unit="B", unit_scale=True) as bar):
-        while True:
-            try:
-                chunk = answer.read1(1 << 16)
-            except (OSError, HTTPException) as error:
-                return error
-            if not chunk:
-                return None
-            f.write(chunk)
-            bar.update(len(chunk))
-
-
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and notes a large file's SHA-256, which the Hugging Face hub names in its
-    first answer only, in the header X-Linked-ETag, before it points to the storage of the file."""
-    sha256 = ""
-
-    def redirect_request(self, request, body, code, message, headers, url):
-        if said := re.fullmatch(r'"([0-9a-f]{64})"', headers.get("X-Linked-ETag", "")):
-            self.sha256 = said[1]
-        return super().redirect_request(request, body, code, message, headers, url)

@@ -14,6 +14,7 @@ import torch
 
 import data
 from data import BadInput, tinystories
+from data.download import download
 from data.tokenizer import END
 from model import GPT, GPTConfig
 
@@ -90,10 +91,18 @@ def test_bilingual(tmp_path):
 def test_score(tmp_path):
     task = data.load("tinystories", folder=tmp_path, source=save(tmp_path / "s.txt", tell(200)))
     model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16)).train()
+    calls = []
+    model.register_forward_pre_hook(lambda model, inputs: calls.append(
+        (model.training, len(inputs[0]))))
+    task.tokens["retain_train"] = task.tokens["forget_train"] = None      # not needed: val only
     before = task.score(model)
-    assert before == task.score(model) and model.training
+    assert calls == [(False, 32)] * 16 and model.training
+    assert before == task.score(model)
+    calls.clear()
     quick = task.score(model, domains=("forget",), quick=True)
-    assert set(quick) == {"forget"} and abs(quick["forget"] - before["forget"]) < 0.05
+    assert set(quick) == {"forget"} and calls == [(False, 32)]
+    x, y = task.batch("forget", 32, 0, 0, "val")
+    assert quick["forget"] == pytest.approx(model(x, y).item())
     with torch.no_grad():
         model.wte.weight.zero_()                     # all tokens alike: the loss is log V
     figures = task.score(model.eval())
@@ -119,7 +128,7 @@ BAD = {
     "blank": (f"\n{END}\n \n{END}".encode() * 30, "is empty"),
     "latin-1": ("\n<|endoftext|>\n".join(tell(30) + ["café"]).encode("latin-1"), "see its byte"),
     "no END": (b"Once upon a time. " * 99, END),
-    "no END, long": (b"Once upon a time. " * 200_000, END),
+    "no END, long": (b"Once upon a time. " * 200_000, "million"),
     "few": ("\n<|endoftext|>\n".join(tell(19)).encode(), "only 19"),
     "all alike": (f"A tree.\n{END}\n".encode() * 99, "only 1"),
     "no forest": ("\n<|endoftext|>\n".join(tell(30, words="a b c d e".split())).encode(), "forest"),
@@ -184,6 +193,8 @@ def test_reads_no_further_than_it_must(tmp_path):
     assert tinystories.read(path, 100) == stories[:100]
     path.write_bytes(text[:-len(f"\r\n{END}\r\n")])               # the last one lacks its END
     assert tinystories.read(path, 99_999) == stories
+    path.write_bytes(text.replace(b": ", b":\r\n"))
+    assert tinystories.read(path, 100) == [s.replace(": ", ":\n") for s in stories[:100]]
     path.write_bytes("".join(f"{s}\n\nШёл ёж.\n{END}\n" for s in stories * 3).encode())   # chunks
     assert tinystories.read(path, 99_999) == [f"{s}\n\nШёл ёж." for s in stories]
 
@@ -233,6 +244,8 @@ class Answer(BaseHTTPRequestHandler):
         else:
             said = first + 7 if mood == "wrong range" else first
             status, headers = 206, {"Content-Range": f"bytes {said}-{len(BODY) - 1}/{len(BODY)}"}
+            if mood == "no range said":
+                headers = {}
         sent = BODY[first:first + 1000] if mood in ("cut", "stall") else BODY[first:]
         server.log[-1][1] = len(sent)
         self.answer(status, sent, {"Content-Length": len(BODY) - first} | headers)
@@ -264,7 +277,7 @@ def partial(server, folder, content):
     """Leaves a .part as a broken download does."""
     server.mood = "cut"
     with pytest.raises(BadInput):
-        tinystories.download(server.url, folder, tries=1)
+        download(server.url, folder, tries=1)
     part, = folder.glob("*.part")
     part.write_bytes(content)
     server.mood = "good"
@@ -277,66 +290,70 @@ def files(folder):
 
 def test_download(server, tmp_path):
     for url in (server.pinned, server.url):
-        path = tinystories.download(url, tmp_path)
+        path = download(url, tmp_path)
         assert path.read_bytes() == BODY
     assert server.log == [[0, len(BODY)]]                        # the second time: no request
     assert files(tmp_path) == ["stories.txt", "stories.txt.sha256"]
     path.write_bytes(BODY[:-1])
     with pytest.raises(BadInput) as error:
-        tinystories.download(server.url, tmp_path)
+        download(server.url, tmp_path)
     one_line(error, str(path), "SHA-256", "--source=PATH")
     path.unlink()
-    assert tinystories.download(server.url, tmp_path).read_bytes() == BODY
+    assert download(server.url, tmp_path).read_bytes() == BODY
 
 
 def test_addresses_that_share_a_name(server, tmp_path):
-    paths = {tinystories.download(server.url.replace("/stories", f"/{a}/stories"), tmp_path)
+    paths = {download(server.url.replace("/stories", f"/{a}/stories"), tmp_path)
              for a in ("en", "ru")}
     assert len(paths) == 2
 
 
 def test_resume_sends_only_the_rest(server, tmp_path):
     partial(server, tmp_path, BODY[:5000])
-    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+    assert download(server.pinned, tmp_path).read_bytes() == BODY
     assert server.log == [[5000, len(BODY) - 5000]]
 
 
 def test_no_resume_across_runs_without_a_checksum(server, tmp_path):
     partial(server, tmp_path, b"another file" * 99)              # nothing could tell
-    assert tinystories.download(server.url, tmp_path).read_bytes() == BODY
+    assert download(server.url, tmp_path).read_bytes() == BODY
     assert server.log[-1] == [0, len(BODY)]
 
 
 def test_the_hubs_checksum(server, tmp_path):
     partial(server, tmp_path, BODY[:5000])
     server.mood = "hub"
-    assert tinystories.download(server.url, tmp_path).read_bytes() == BODY
+    assert download(server.url, tmp_path).read_bytes() == BODY
     assert server.log == [[5000, len(BODY) - 5000]]              # the redirect keeps the range
     server.etag = "0" * 64
     with pytest.raises(BadInput) as error:
-        tinystories.download(server.url, tmp_path / "again")
+        download(server.url, tmp_path / "again")
     one_line(error, server.url, "SHA-256", "--source=PATH")
     assert files(tmp_path / "again") == []
 
 
-@pytest.mark.parametrize("mood", ["no ranges", "wrong range"])
-def test_starts_over_when_the_range_is_not_kept(mood, server, tmp_path):
+@pytest.mark.parametrize("mood, requests", [
+    ("no ranges", [[5000, len(BODY)]]),                          # asked for the rest, it sends all
+    ("wrong range", [[5000, len(BODY) - 5000], [0, len(BODY)]]),
+    ("no range said", [[5000, len(BODY) - 5000], [0, len(BODY)]])])
+def test_starts_over_when_the_range_is_not_kept(mood, requests, server, tmp_path):
     partial(server, tmp_path, BODY[:5000])
     server.mood = mood
-    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+    assert download(server.pinned, tmp_path).read_bytes() == BODY
+    assert server.log == requests
 
 
 @pytest.mark.parametrize("extra, requests", [(b"", 1), (b"too much", 2)])
 def test_part_that_is_whole_already_or_too_long(extra, requests, server, tmp_path):
     partial(server, tmp_path, BODY + extra)
-    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+    assert download(server.pinned, tmp_path).read_bytes() == BODY
     assert len(server.log) == requests and server.log[0] == [len(BODY + extra), 0]        # a 416
 
 
 @pytest.mark.parametrize("first", ["cut", "stall"])
 def test_cut_short_then_good(first, server, tmp_path):
     server.mood = [first, first, "good"]
-    path = tinystories.download(server.url, tmp_path, timeout=0.3)
+    path = download(server.url, tmp_path, timeout=0.3)
     assert path.read_bytes() == BODY
     assert server.log == [[0, 1000], [1000, 1000], [2000, len(BODY) - 2000]]
 
@@ -345,7 +362,7 @@ def test_cut_short_then_good(first, server, tmp_path):
 def test_cut_short_always(mood, why, server, tmp_path):
     server.mood = mood
     with pytest.raises(BadInput) as error:
-        tinystories.download(server.url, tmp_path, timeout=0.2, tries=3)
+        download(server.url, tmp_path, timeout=0.2, tries=3)
     one_line(error, server.url, why, "run again", "--source=PATH")
     assert files(tmp_path) == ["stories.txt.part"]
     part, = tmp_path.iterdir()
@@ -356,7 +373,7 @@ def test_cut_short_always(mood, why, server, tmp_path):
 def test_refusals(mood, server, tmp_path):
     server.mood = mood
     with pytest.raises(BadInput) as error:
-        tinystories.download(server.url, tmp_path, "source2")
+        download(server.url, tmp_path, "source2")
     one_line(error, server.url, mood, "run again", "--source2=PATH")
     assert files(tmp_path) == []
 
@@ -365,14 +382,14 @@ def test_nobody_there(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(BadInput) as error:
-        tinystories.download(server.url, tmp_path)
+        download(server.url, tmp_path)
     one_line(error, server.url, "refused", "run again", "--source=PATH")
 
 
 @pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:port/x", "http://127.0.0.1:9/é x"])
 def test_no_such_address(url, tmp_path):
     with pytest.raises(BadInput) as error:
-        tinystories.download(url, tmp_path)
+        download(url, tmp_path)
     one_line(error, url)
 
 
@@ -383,28 +400,28 @@ def test_wrong_checksum_never_becomes_data(server, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["downloads"]
     assert files(tmp_path / "downloads") == []
     with pytest.raises(BadInput) as error:
-        tinystories.download(f"{server.url}#sha256=123", tmp_path)
+        download(f"{server.url}#sha256=123", tmp_path)
     one_line(error, "#sha256=123")
 
 
 def test_wrong_bytes_in_the_part(server, tmp_path):
     partial(server, tmp_path, BODY[:2000] + b"?" + BODY[2001:5000])
     with pytest.raises(BadInput) as error:
-        tinystories.download(server.pinned, tmp_path)
+        download(server.pinned, tmp_path)
     one_line(error, server.url, "SHA-256", "run again")
     assert files(tmp_path) == []
-    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+    assert download(server.pinned, tmp_path).read_bytes() == BODY
 
 
 def test_length_unknown(server, tmp_path):
     server.mood = "no length"
-    assert tinystories.download(server.pinned, tmp_path).read_bytes() == BODY
+    assert download(server.pinned, tmp_path).read_bytes() == BODY
 
 
 def test_a_folder_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BadInput) as error:
-        tinystories.download(server.url, tmp_path / "file")
+        download(server.url, tmp_path / "file")
     one_line(error, "cannot write")
 
 

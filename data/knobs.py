@@ -1,0 +1,103 @@
+"""A command line from a dataclass: one field a knob, with its default, its reason and its range.
+
+    @dataclass
+    class Config:
+        lr: float = knob(1e-3, "why this matters", low=0, high=1)
+
+    cfg = command_line(Config, "what --help says first")
+Knobs are typed by their annotation: int, float, str, bool, list[...], or `... | None`, where None
+is written auto and stands for the task's own choice.
+"""
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import field
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used: one line that says what, and what to do."""
+
+
+def knob(default, why, low=None, high=None, choices=None):
+    """A dataclass field with a reason and a range. None is shown as auto: the task's own choice."""
+    about = {"why": why, "low": low, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+def convert(text, kind):
+    """A command-line string as kind (a type, kind | None, or list[kind]); ValueError if it is not."""
+    if isinstance(kind, types.UnionType):                          # the first that fits: float | str
+        if text == "auto":
+            return None
+        for option in typing.get_args(kind):
+            try:
+                return convert(text, option)
+            except (ValueError, TypeError):
+                pass
+        raise ValueError
+    if typing.get_origin(kind) is list:
+        return [convert(part, typing.get_args(kind)[0]) for part in text.split(",")]
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    value = kind(text)
+    if kind is float and not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def show(value):
+    """The inverse of convert."""
+    if isinstance(value, list):
+        return ",".join(map(show, value))
+    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check(name, value, choices, low, high):
+    """BadInput when a knob's value, or one in its list, lies outside its choices or range."""
+    for v in value if isinstance(value, list) else [value]:
+        if choices and isinstance(v, str) and v not in choices:
+            raise BadInput(f"--{name}={v}: choose from {', '.join(choices)}")
+        if isinstance(v, (int, float)) and (low is not None and v < low or high is not None and v > high):
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise BadInput(f"--{name}={v} must be {limits}")
+
+
+def command_line(config, story, argv=None):
+    """Parses --knob=value (or --knob value) into a `config` dataclass; bad ones raise BadInput."""
+    kinds = typing.get_type_hints(config)
+    names = {kind: str(kind).removeprefix("<class '").removesuffix("'>") for kind in kinds.values()}
+    parser = argparse.ArgumentParser(description=story, allow_abbrev=False, argument_default=
+                                     argparse.SUPPRESS, formatter_class=
+                                     argparse.RawDescriptionHelpFormatter)
+    about = {}
+    for f in dataclasses.fields(config):
+        about[f.name] = dict(f.metadata)
+        why, choices = about[f.name].pop("why"), about[f.name]["choices"]
+        default = getattr(config(), f.name)
+        parser.add_argument(f"--{f.name}", metavar=names[kinds[f.name]].split(" |")[0], help=(
+            f"{why}{' (' + ' | '.join(choices) + ')' if choices else ''} [{show(default)}]"))
+
+    def refuse(message):
+        raise BadInput(message)
+
+    parser.error = refuse
+    given, unknown = parser.parse_known_args(argv)
+    for text in unknown:
+        near = difflib.get_close_matches(text.lstrip("-").split("=")[0], about, 1)
+        raise BadInput(f"unknown knob {text!r}" + (f": did you mean --{near[0]}?" if near
+                                                   else "; --help lists them"))
+    values = {}
+    for name, text in vars(given).items():
+        try:
+            values[name] = convert(text, kinds[name])
+        except ValueError:
+            raise BadInput(f"--{name}={text} is not a {names[kinds[name]]}") from None
+        check(name, values[name], **about[name])
+    return config(**values)

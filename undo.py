@@ -1,0 +1,212 @@
+"""UNDO: unlearn, noise, distil - forgetting that survives relearning (Lee et al. 2025).
+
+    python undo.py                                  the whole story on arithmetic
+    python undo.py --task=language --alphas=0.3,0.6,0.9
+    python undo.py --seeds=3                        the same for three seeds, mean and spread
+
+Training on outputs suppresses a skill but leaves it in the weights. A student that starts from
+damaged weights and learns only what the unlearned teacher shows has nothing left to revive.
+"""
+import dataclasses
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+import train
+import unlearn
+from data.knobs import knob
+from eval import draw_relearning, relearn, robustness, within
+from model import GPT
+from train import (autocast, common, figure, fill, fit, identity, obtain, open_task, pretrain,
+                   run, table, write_rows)
+from unlearn import kl
+
+
+@dataclass
+class Config(unlearn.Attack):
+    alphas: list[float] | None = knob(None, "UNDO's noise: 0 leaves the teacher, 1 nothing of it",
+                                      0, 1)
+    beta: float = knob(0.1, "size of the noise beside Xavier's", 0)
+    method: str = knob("maxent", "the teacher's unlearning method",
+                       choices=["maxent", "graddiff", "rmu", "finetune"])
+    unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
+    unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
+    steps: int | None = knob(None, "distillation steps, at most", 1)
+    batch_size: int | None = knob(None, "distillation: rows in a batch", 2)
+    lr: float | None = knob(None, "distillation: AdamW's rate (the embedding)", 0, 1)
+    muon_lr: float | None = knob(None, "distillation: Muon's rate (matrices); 0: AdamW", 0, 1)
+    tolerance: float = knob(0.05, "distil until retain is within this share of the teacher's", 0, 1)
+    check_every: int | None = knob(None, "steps between looks at the student's retain score", 1)
+    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
+    seeds: int = knob(1, "how many seeds, from --seed on; the later ones live in OUT/TASK/seedN", 1)
+
+
+@torch.no_grad()
+def noise(model, alpha, beta, seed):
+    """theta <- (1 - alpha) theta + alpha beta N, in place, over every parameter.
+
+    N is Xavier-uniform for matrices, U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), and 0 for
+    vectors (Lee et al. 2025, section 4).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        N = torch.zeros(p.shape)
+        if p.ndim == 2:
+            torch.nn.init.xavier_uniform_(N, generator=generator)
+        p.mul_(1 - alpha).add_(alpha * beta * N.to(p.device))
+
+
+def distil(student, teacher, task, cfg, name):
+    """Forward KL(teacher || student) on the unlabelled mix until the student's retain score is
+    within cfg.tolerance of the teacher's. Returns fit's record, every teacher forward counted.
+    """
+    with torch.no_grad(), autocast(cfg):
+        goal = task.score(teacher, ("retain",), quick=True)["retain"]
+
+    def loss_fn(model, step):
+        idx, _ = task.batch("all", cfg.batch_size, step, cfg.seed)
+        with torch.no_grad():
+            target = teacher(idx)
+        return kl(target, model(idx))
+
+    record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, frozen=(teacher,),
+                 tokens=cfg.batch_size * task.block_size,
+                 evaluate=lambda: task.score(student, ("retain",), quick=True),
+                 evaluate_at=range(0, cfg.steps, cfg.check_every),
+                 stop=lambda at: within(at["retain"], goal, cfg.tolerance, task))
+    if not within(record["history"][-1]["retain"], goal, cfg.tolerance, task):
+        print(f"{name}: stopped after {cfg.steps} steps at retain "
+              f"{record['history'][-1]['retain']:.3f}, short of {1 - cfg.tolerance:.0%} of the "
+              f"teacher's {goal:.3f}: --steps gives it longer")
+    return record
+
+
+def undo(alpha, cfg, task, teacher, teacher_record):
+    """(student, record) of UNDO at a noise level, from disk or made. alpha None: Unlearn-and-
+    Distill, from a fresh initialisation. FLOPs are the teacher's own and the distillation's.
+    """
+    name = "distilled" if alpha is None else f"undo-{alpha:g}"
+
+    def make():
+        student = GPT(teacher.config).to(task.device)
+        if alpha is None:
+            student.init_weights(cfg.seed + 1)
+        else:
+            student.load_state_dict(teacher.state_dict())
+            noise(student, alpha, cfg.beta, cfg.seed)
+        record = distil(student, teacher, task, cfg, name)
+        record["flops"] += teacher_record["flops"]
+        return student, record
+
+    made_with = {k: getattr(cfg, k) for k in ("steps", "lr", "muon_lr", "batch_size", "tolerance",
+                                              "check_every", "seed")}
+    made_with |= {"alpha": alpha, "teacher": identity(teacher_record["made_with"])}
+    if alpha is not None:
+        made_with["beta"] = cfg.beta
+    return obtain(name, cfg, task, made_with, make)
+
+
+def story(cfg, task):
+    """Makes every model, attacks it, and returns its rows (see README, Rows)."""
+    pretraining = train.Config(**common(cfg), steps=cfg.base_steps)
+    models = {"base": pretrain("base", pretraining, task),
+              "filtered": pretrain("filtered", pretraining, task)}
+    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(unlearn.Attack)}
+    post_hoc = unlearn.Config(**given, method=cfg.method, lr=cfg.unlearn_lr, steps=cfg.unlearn_steps)
+    teacher = unlearn.unlearn(post_hoc, task, *models["base"])
+    models[cfg.method] = teacher
+    models["oracle"] = unlearn.unlearn(unlearn.Config(**given, method="oracle"), task,
+                                       *models["base"], *models["filtered"])
+    for alpha in cfg.alphas:
+        models[f"undo-{alpha:g}"] = undo(alpha, cfg, task, *teacher)
+    models["distilled"] = undo(None, cfg, task, *teacher)
+
+    rows = []
+    gold = models["filtered"][1]
+    for name, (model, record) in models.items():
+        with autocast(cfg):
+            before = task.score(model)
+        worst = relearn(model, task, cfg, name)["worst"]
+        flops = 0 if name == "base" else record["flops"]
+        retain = record["history"][-1]["retain"]            # as the filtered run was scored too
+        reached = [h["flops"] for h in gold["history"] if within(h["retain"], retain, 0.0, task)]
+        rows.append({"model": name, "seed": cfg.seed} | before | {
+            "relearned": {str(step): at["forget"] for step, at in worst.items()},
+            "flops": flops, "compute_pct": 100 * flops / gold["flops"],
+            "compute_pct_matched": 100 * flops / (reached[0] if reached else gold["flops"])})
+    relearned = {row["model"]: row["relearned"] for row in rows}
+    for row in rows:
+        row["robustness"] = {step: robustness(row["relearned"][step], relearned[cfg.method][step],
+                                              relearned["filtered"][step])
+                             for step in row["relearned"]}
+    return rows
+
+
+def summary(rows, cfg):
+    """One dict a model, ready for the table: mean over seeds, and +- the standard deviation."""
+    def figures(row):
+        return {k: row[k] for k in ("retain", "forget", "compute_pct", "compute_pct_matched")} | {
+            f"relearned {s}": v for s, v in row["relearned"].items()} | {
+            f"robustness {s}": v for s, v in row["robustness"].items()}
+
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        same = [figures(row) for row in rows if row["model"] == name]
+        line = {"model": name}
+        for key in same[0]:
+            values = [f[key] for f in same if f[key] is not None]
+            digits = 0 if key.startswith("compute") else 2 if cfg.seeds > 1 else 3
+            line[key] = None if not values else f"{statistics.mean(values):.{digits}f}"
+            if len(values) > 1:
+                line[key] += f" ±{statistics.stdev(values):.{digits}f}"
+        lines.append(line)
+    return lines
+
+
+def draw(axes, rows, task, cfg, step):
+    """Left: relearning curves. Right: robustness at one attack step against compute."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    def mean(name, figure):
+        values = [figure(r) for r in rows if r["model"] == name]
+        return None if None in values else statistics.mean(values)
+    draw_relearning(axes[0], task, {n: {s: mean(n, lambda r: r["relearned"][str(s)] if s else
+                    r["forget"]) for s in (0, *cfg.attack_steps)} for n in names if n != "base"})
+    axes[0].set_title("Attacked, who remembers?")
+    students = [n for n in names if n.startswith("undo-")] + ["distilled"]
+    points = [(mean(n, lambda r: r["compute_pct"]), mean(n, lambda r: r["robustness"][str(step)]))
+              for n in students]
+    if all(y is not None for _, y in points):
+        points = [(x, 100 * y) for x, y in points]
+        axes[1].plot(*zip(*points), marker="o", label="UNDO, by alpha")
+        for name, point in zip(students, points):
+            axes[1].annotate(name.removeprefix("undo-"), point,
+                             textcoords="offset points", xytext=(6, -12))
+        axes[1].plot(0, 0, "s", color="#D55E00", markersize=9, label=f"{cfg.method} (unlearned)")
+        axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")
+    axes[1].set(xlabel="compute after pretraining (% of retraining without the data)",
+                ylabel=f"robustness after {step} steps (%)", title="What robustness costs")
+    axes[1].legend(fontsize=9)
+
+
+def main(cfg):
+    task = open_task(cfg)
+    cfg = fill(fill(cfg, task, "attack"), task, "undo")
+    rows = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
+        rows += story(dataclasses.replace(cfg, seed=seed, out=out), task)
+    step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
+    shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
+    table(summary(rows, cfg), {"model": "model", "retain": "retain", "forget": "forget"}
+          | {f"relearned {s}": f"after {s}" for s in shown}
+          | {f"robustness {step}": f"robust@{step}", "compute_pct": "compute %",
+             "compute_pct_matched": "matched %"})
+    write_rows("undo", cfg, rows)
+    with figure("undo", cfg, 2) as axes:
+        if axes is not None:
+            draw(axes, rows, task, cfg, step)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

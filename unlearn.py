@@ -1,0 +1,172 @@
+"""Post-hoc unlearning: make a trained model forget. One loss function a method.
+
+    python unlearn.py                              MaxEnt, then the relearning attack
+    python unlearn.py --method=graddiff --lr=sweep
+
+Every method suppresses the skill, and each is undone in a few steps of relearning: that is the
+finding to see here (Lee et al. 2025, section 3). undo.py makes the forgetting stick.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import train
+from data.knobs import BadInput, knob
+from eval import Attack, draw_relearning, relearn, within
+from model import GPT
+from train import (autocast, common, figure, fill, fit, identity, obtain, open_task, pretrain, run,
+                   table, write_rows)
+
+@dataclass
+class Config(Attack):
+    method: str = knob("maxent", "which loss", choices=["maxent", "graddiff", "rmu", "oracle", "finetune"])
+    steps: int | None = knob(None, "unlearning steps", 1)
+    batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2)
+    lr: float | str | None = knob(None, "AdamW's rate, or sweep: the most forgetting whose retain "
+                                  "score stays within 2% of base's", 0, 1, ["sweep"])
+    sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
+    retain_weight: float = knob(1.0, "weight of the retain term", 0)
+    layer: int | None = knob(None, "rmu: the block whose output is steered (auto: the middle)", 1)
+    steer: float = knob(4.0, "rmu: length of the steering vector, in lengths of the residual", 0)
+    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
+
+
+def kl(teacher_logits, logits):
+    """Forward KL(teacher || student) at T = 1, in nats per token, mean over (B, T)."""
+    student = logits.flatten(0, 1).float().log_softmax(-1)
+    teacher = teacher_logits.flatten(0, 1).float().log_softmax(-1)
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def graddiff(model, forget, retain, reference, cfg):
+    """Gradient difference: -CE(forget) + w CE(retain) (Liu et al. 2022; Lee et al. 2025, app.)."""
+    return -model(*forget) + cfg.retain_weight * model(*retain)
+
+
+def maxent(model, forget, retain, reference, cfg):
+    """Maximum entropy: KL(uniform || p) on forget tokens + w CE(retain) (Lee et al. 2025, app.).
+
+    KL(uniform || p) = -ln V - mean over the vocabulary of ln p.
+    """
+    logits = model(forget[0]).float()
+    uniform = -math.log(logits.size(-1)) - logits.log_softmax(-1).mean()
+    return uniform + cfg.retain_weight * model(*retain)
+
+
+def rmu(model, forget, retain, reference, cfg):
+    """Representation misdirection (Li et al. 2024): |h(forget) - c u|^2 + w |h(retain) - h0|^2.
+
+    h (B, T, C) is the residual after block cfg.layer, h0 the base's, u a fixed random unit vector,
+    c cfg.steer lengths of h0; both terms are in units of h0's length.
+    """
+    layer = cfg.layer or (model.config.n_layer + 1) // 2
+    generator = torch.Generator().manual_seed(cfg.seed)
+    u = F.normalize(torch.rand(model.config.n_embd, generator=generator), dim=0).to(forget[0].device)
+    with torch.no_grad():
+        h0 = reference.residuals(retain[0])[layer].float()
+        length = h0.norm(dim=-1).mean()
+    push = (model.residuals(forget[0])[layer].float() - cfg.steer * length * u) / length
+    stay = (model.residuals(retain[0])[layer].float() - h0) / length
+    return push.square().sum(-1).mean() + cfg.retain_weight * stay.square().sum(-1).mean()
+
+
+def finetune(model, forget, retain, reference, cfg):
+    """CE(retain) alone: hopes that what is not practised fades."""
+    return model(*retain)
+
+
+def oracle(model, forget, retain, reference, cfg):
+    """KL(filtered || model) on the unlabelled mix: the best that training on outputs can do, a
+    model that behaves as though it had never seen the data (Lee et al. 2025, section 3).
+    """
+    idx = torch.cat((forget[0], retain[0]))
+    with torch.no_grad():
+        target = reference(idx)
+    return kl(target, model(idx))
+
+
+LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
+
+
+def sweep(cfg, task, base, attempt):
+    """The attempt(lr) with the highest forget loss whose retain score stays within 2% of base's.
+
+    All attempts are paid for: the record's FLOPs are their sum.
+    """
+    with torch.no_grad(), autocast(cfg):
+        retain = task.score(base, ("retain",), quick=True)["retain"]
+        tried = []
+        for lr in cfg.sweep:
+            model, record = attempt(lr)
+            kept = within(record["history"][-1]["retain"], retain, 0.02, task)
+            tried.append((kept, task.loss(model, "forget"), lr, model, record))
+    kept, forget_loss, lr, model, record = max(tried, key=lambda t: t[:2])
+    print(f"sweep: rate {lr:g}, forget loss {forget_loss:.2f}" + (
+        "" if kept else "; no rate kept the retain score within 2% of base's"))
+    return model, record | {"flops": sum(t[-1]["flops"] for t in tried)}
+
+
+def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
+    """(model, record) of base after cfg.method, from disk or made; oracle needs the filtered model.
+
+    The record's FLOPs are all that was spent after base exists; the oracle's include filtered's.
+    """
+    cfg = fill(cfg, task, cfg.method)
+    if cfg.layer and cfg.layer > base.config.n_layer:
+        raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
+    reference = filtered if cfg.method == "oracle" else base
+    half = max(cfg.batch_size // 2, 1)
+
+    def loss_fn(model, step):
+        forget, retain = (task.batch(d, half, step, cfg.seed) for d in ("forget", "retain"))
+        return LOSSES[cfg.method](model, forget, retain, reference, cfg)
+
+    def attempt(lr):
+        model = GPT(base.config).to(task.device)
+        model.load_state_dict(base.state_dict())
+        return model, fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
+                          tokens=2 * half * task.block_size, frozen=(reference,),
+                          evaluate=lambda: task.score(model, quick=True))
+
+    def make():
+        model, record = sweep(cfg, task, base, attempt) if cfg.lr == "sweep" else attempt(cfg.lr)
+        if cfg.method == "oracle":
+            record["flops"] += filtered_record["flops"]
+        return model, record
+
+    made_with = {k: getattr(cfg, k) for k in ("method", "steps", "lr", "batch_size", "seed",
+                                              "sweep", "retain_weight", "layer", "steer")}
+    made_with["base"] = identity(base_record["made_with"])
+    if cfg.method == "oracle":
+        made_with["filtered"] = identity(filtered_record["made_with"])
+    return obtain(cfg.method, cfg, task, made_with, make)
+
+
+def main(cfg):
+    task = open_task(cfg)
+    cfg = fill(cfg, task, "attack")
+    pretraining = train.Config(**common(cfg), steps=cfg.base_steps)
+    base = pretrain("base", pretraining, task)
+    filtered = pretrain("filtered", pretraining, task)
+    models = {"base": base, "filtered": filtered, cfg.method: unlearn(cfg, task, *base, *filtered)}
+    rows = []
+    for name, (model, record) in models.items():
+        with autocast(cfg):
+            before = task.score(model)
+        worst = relearn(model, task, cfg, name)["worst"]
+        rows.append({"model": name} | before | {"flops": record["flops"], "relearned": {
+            str(step): at["forget"] for step, at in worst.items()}})
+    flat = [row | row["relearned"] for row in rows]
+    table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
+          | {str(step): f"after {step}" for step in cfg.attack_steps})
+    write_rows("unlearn", cfg, rows)
+    with figure("unlearn", cfg, 1) as axes:
+        if axes is not None:
+            draw_relearning(axes[0], task, {row["model"]: {0: row["forget"]} | {
+                int(step): score for step, score in row["relearned"].items()} for row in rows})
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
