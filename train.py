@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 from tqdm import tqdm
 
 import data
@@ -67,7 +68,7 @@ def run(main, config, story):
     except BadInput as error:
         sys.exit(complain(error, 2))
     except OSError as error:
-        sys.exit(complain(f"cannot use {error.filename}: {error.strerror}", 2))
+        sys.exit(complain(error, 2))
     except KeyboardInterrupt:
         sys.exit(complain("interrupted; models already made are kept, run the same command again", 130))
 
@@ -145,6 +146,14 @@ def should_compile(cfg, flops):
 # the loop
 
 
+# torch counts attention's FLOPs on a GPU only; the shapes are those of q, k and v
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+
+
 def optimizers(model, lr, muon_lr):
     """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all if muon_lr is 0."""
     blocks = list(model.blocks.parameters()) if muon_lr else []
@@ -170,7 +179,8 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
     decay                  share of the steps, at the end, over which the rates fall to zero
     tokens                 tokens a step, for the progress bar
     frozen                 other models that loss_fn calls (a teacher): compiled with this one
-    evaluate()             figures (a dict) to keep in the history, at evaluate_at: these steps (a set or range)
+    evaluate()             figures (a dict) to keep in the history, at the steps in evaluate_at (a
+                           set or a range) and at the last
     stop(figures)          ends the run when it says so, after an evaluation
     after_backward()       may change gradients (masks); after_step() may restore parameters
     returns                {"steps", "flops", "seconds", "history": [{"step", "loss", ..}]}; flops
@@ -187,7 +197,6 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
         for optimizer in made:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        model.train()
         with autocast(cfg):
             loss = loss_fn(model, step)
         scaler.scale(loss).backward()
@@ -206,18 +215,14 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
     def figures():
         if not evaluate:
             return {}
-        was_training = model.training
-        model.eval()
         with torch.no_grad(), autocast(cfg):
-            got = evaluate()
-        model.train(was_training)
-        return got
+            return evaluate()
 
     history, flops, since, start = [], 0, [], time.time()
     bar = tqdm(total=steps, desc=name, unit="step", leave=False, mininterval=0.5)
     for step in range(steps):
         if step == 0:                          # counted once, eagerly: every step costs the same
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 since.append(one_step(step))
             per_step = counter.get_total_flops()
             if should_compile(cfg, per_step * steps):
@@ -272,7 +277,7 @@ def load(path, task):
     if made_with["data"] != task.data_id or model.config.vocab_size != task.vocab_size:
         raise BadInput(f"{path} was trained on other data of {task.name} (other text or "
                        f"vocabulary): delete it to make it again, or choose another --out")
-    return model.eval(), checkpoint
+    return model, checkpoint
 
 
 def obtain(name, cfg, task, made_with, make):
@@ -294,7 +299,7 @@ def obtain(name, cfg, task, made_with, make):
     print(f"{name}: making {path}")
     model, record = make()
     write_model(path, model, made_with, record)
-    return model.eval(), {"made_with": made_with} | record
+    return model, {"made_with": made_with} | record
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,11 +404,9 @@ def main(cfg):
     for name in ("base", "filtered") if cfg.name == "both" else (cfg.name,):
         model, record = pretrain(name, cfg, task)
         with autocast(cfg):
-            rows.append({"model": name} | task.score(model) | {"flops": record["flops"]})
-        with_history = rows[-1] | {"history": record["history"]}
-        rows[-1] = with_history
-    shown = [k for k in rows[0] if k not in ("model", "history", "flops")]
-    table(rows, {"model": "model"} | {k: k for k in shown})
+                rows.append({"model": name} | task.score(model)
+                        | {"flops": record["flops"], "history": record["history"]})
+    table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
     write_rows("train", cfg, rows)
     with figure("train", cfg, 2) as axes:
         if axes is not None:

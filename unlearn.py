@@ -27,7 +27,7 @@ class Config(Attack):
     lr: float | str | None = knob(None, "AdamW's rate, or sweep: the most forgetting whose retain "
                                   "score stays within 2% of base's", 0, 1, ["sweep"])
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
-    retain_weight: float = knob(1.0, "weight of the retain term", 0)
+    retain_weight: float | None = knob(None, "weight of the retain term, w in the losses", 0)
     layer: int | None = knob(None, "rmu: the block whose output is steered (auto: the middle)", 1)
     steer: float = knob(4.0, "rmu: length of the steering vector, in lengths of the residual", 0)
     base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)

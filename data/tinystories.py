@@ -22,12 +22,12 @@ SETTINGS = {name: dict(
     block_size=128, vocab_size=4096,           # T: more than half a story, which has some 220 tokens
     train=dict(n_layer=4, n_head=4, n_embd=192, batch_size=32, steps=1200, lr=3e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[5, 10, 20, 40, 60], attack_rows=16),
-    maxent=dict(steps=60, lr=1e-3, batch_size=32),
-    graddiff=dict(steps=60, lr=3e-4, batch_size=32),
-    rmu=dict(steps=60, lr=1e-3, batch_size=32),
-    oracle=dict(steps=200, lr=1e-3, batch_size=32),
-    finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    undo=dict(alphas=[0.6, 0.8], steps=1000, batch_size=32, lr=3e-3, muon_lr=0.02, check_every=10))
+    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=10.0),
+    graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
+    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    oracle=dict(steps=200, lr=1e-3, batch_size=32, retain_weight=1.0),
+    finetune=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    undo=dict(alphas=[0.6, 0.8], steps=1000, batch_size=32, lr=6e-3, muon_lr=0.03, check_every=10))
     for name in ("tinystories", "bilingual")}
 KNOBS = {"source": None,     # a path or URL; None: HOME
          "source2": None,    # bilingual only: the stories to forget
@@ -90,14 +90,11 @@ def score(model, task, domains=("retain", "forget"), quick=False):
     {"retain": loss, "forget": loss, "retain_bits_per_byte": .., "forget_bits_per_byte": ..}
     Tokens of two languages differ in length, bytes less so; END counts as a token and has no bytes.
     """
-    training = model.training
-    model.eval()
     figures = {domain: task.loss(model, domain, 32 if quick else 256) for domain in domains}
     if not quick:
         for domain in domains:
             tokens, size = len(task.tokens[f"{domain}_val"]), task.facts["bytes"][f"{domain}_val"]
             figures[f"{domain}_bits_per_byte"] = figures[domain] / math.log(2) * tokens / size
-    model.train(training)
     return figures
 
 

@@ -1,0 +1,50 @@
+"""What the tests share: small arithmetic data, made once, and a machine that computes in float32."""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))                     # so that plain `pytest` finds the modules, too
+
+import data  # noqa: E402
+import train  # noqa: E402
+from data import arithmetic  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A data folder that holds a small arithmetic, made once."""
+    folder = tmp_path_factory.mktemp("data")
+    data.load("arithmetic", folder=folder, problems=300)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task(folder):
+    """The small arithmetic, for tests that read it only."""
+    return data.load("arithmetic", folder=folder, problems=300)
+
+
+@pytest.fixture(scope="session")
+def scripts_folder(folder, tmp_path_factory):
+    """The same data for the scripts, which have no --problems: meta.json names the default number,
+    so that data.load takes the small files as they are."""
+    copy = tmp_path_factory.mktemp("scripts_data")
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    path = copy / "arithmetic" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["made_with"] = dict(arithmetic.KNOBS)
+    path.write_text(json.dumps(meta))
+    return copy
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """Everything is computed on the CPU in float32, whatever this machine has: exact comparisons."""
+    monkeypatch.setattr(train, "hardware", lambda cfg: (torch.device("cpu"), torch.float32, None))

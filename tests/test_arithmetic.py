@@ -1,0 +1,324 @@
+"""Arithmetic: answers by an independent evaluator, what is held out, exams, batches."""
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import BadInput, arithmetic
+from data.arithmetic import DOMAINS, TEMPLATES, accuracy, documents, exam, pairs, score, split_pairs
+
+OPERATIONS = "+-*/"
+WORDS = {"n": "[A-Z][a-z]+", "m": "[A-Z][a-z]+", "o": "[a-z]+", "p": "[a-z]+", "a": r"\d+",
+         "b": r"\d+"}
+
+
+def reader(template):
+    """A regular expression that a template's texts match; its groups a and b are the operands."""
+    seen, parts = set(), []
+    for part in re.split(r"(\{\w\})", template):
+        if part[:1] != "{":
+            parts.append(re.escape(part))
+            continue
+        name = part[1]
+        parts.append(f"(?P<{name}>{WORDS[name]})" if name in "ab" and name not in seen
+                     else WORDS[name])
+        seen.add(name)
+    return re.compile("".join(parts))
+
+
+TRAINING = [(op, reader(t)) for op in OPERATIONS for t in TEMPLATES[op][:20]]
+HELD_OUT = [(op, reader(t)) for op in OPERATIONS for t in TEMPLATES[op][20:]]
+EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) =")
+
+
+def read(question, templates):
+    """(operation, a, b) of a question, by its text alone; the templates are of word problems."""
+    if found := EQUATION.fullmatch(question):
+        return found[2], int(found[1]), int(found[3])
+    found = {(op, int(m["a"]), int(m["b"])) for op, r in templates if (m := r.fullmatch(question))}
+    assert len(found) == 1, (question, found)
+    return found.pop()
+
+
+def solve(operation, a, b):
+    """Counts, rather than calculates: neither Python's operators nor the code's table."""
+    if operation == "+":
+        return len([0] * a + [0] * b)
+    if operation == "-":
+        return len(([0] * a)[b:])
+    if operation == "*":
+        return sum(b for _ in range(a))
+    rows = [k for k in range(a + 1) if sum(k for _ in range(b)) == a]
+    assert len(rows) == 1                                            # exact division
+    return rows[0]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return documents("arithmetic", None, 0.5, 0.1, 600)[0]
+
+
+def problems_of(docs, templates=TRAINING):
+    """[(operation, a, b, answer, is a word problem)] of training texts."""
+    got = []
+    for doc in docs:
+        question, answer = re.fullmatch(r"(.*[=?]) (\d+)", doc).groups()
+        got.append((*read(question, templates), int(answer), "=" not in question))
+    return got
+
+
+# --- problems ------------------------------------------------------------------------------------
+def test_training_texts(texts):
+    """Every answer is right, every operand in its range, every operation and domain in its place,
+    and no held-out pair is there, in either form, nor any held-out template."""
+    known = {op: set(split_pairs(op, 0.1)[0]) for op in OPERATIONS}
+    for split, docs in texts.items():
+        problems = problems_of(docs)
+        assert Counter(p[0] for p in problems) == dict.fromkeys(
+            DOMAINS[split.split("_")[0]], 600 if "train" in split else 100)
+        for op, a, b, answer, _ in problems:
+            assert answer == solve(op, a, b)
+            assert (a, b) in known[op]
+        for form in (False, True):
+            assert {p[0] for p in problems if p[4] == form} == set(DOMAINS[split.split("_")[0]])
+        for doc in docs:
+            assert not any(r.fullmatch(doc.rpartition(" ")[0]) for _, r in HELD_OUT)
+
+
+def test_pairs_by_brute_force():
+    """Lee et al. 2025, section 4: operands 1..50 and no negative result; factors 1..20."""
+    everything = [(a, b) for a in range(-2, 410) for b in range(-2, 60)]
+    to50 = [(a, b) for a, b in everything if 1 <= a <= 50 and 1 <= b <= 50]
+    assert sorted(pairs("+")) == sorted(to50)
+    assert sorted(pairs("-")) == sorted(p for p in to50 if p[0] - p[1] >= 0)
+    assert sorted(pairs("*")) == sorted(p for p in to50 if max(p) <= 20)
+    assert sorted(pairs("/")) == sorted((a, b) for a, b in everything if 1 <= b <= 20
+                                        and a % b == 0 and 1 <= a // b <= 20)
+
+
+@pytest.mark.parametrize("share", [0, 0.04, 0.5])
+def test_split_of_the_pairs(share):
+    for op in OPERATIONS:
+        known, unknown = split_pairs(op, share)
+        assert sorted(known + unknown) == sorted(pairs(op))           # each once, in one of the two
+        assert len(unknown) == round(share * len(pairs(op)))
+        assert (known, unknown) == split_pairs(op, share)
+
+
+def test_templates():
+    """20 + 10 an operation; both operands and no other number; no two alike but for the names."""
+    assert list(TEMPLATES) == list(OPERATIONS)
+    for op in OPERATIONS:
+        assert len(TEMPLATES[op]) == 30
+        for t in TEMPLATES[op]:
+            assert t.count("{a}") == t.count("{b}") == 1 and not re.search(r"\d", t)
+            assert t[-1] == "?" and set(re.findall(r"\{(\w+)\}", t)) <= set("nmoabp")
+    skeletons = [t.replace("{m}", "{n}") for op in OPERATIONS for t in TEMPLATES[op]]
+    assert len(set(skeletons)) == 120
+
+
+def test_names_and_things_fit_the_grammar():
+    """Different words, names that cannot be taken for things, plurals that lose one letter."""
+    for words in (arithmetic.NAMES, arithmetic.OBJECTS, arithmetic.PLACES):
+        assert len(words) == len(set(words)) >= 10
+    assert all(name.istitle() for name in arithmetic.NAMES)
+    assert all(o.endswith("s") for o in arithmetic.OBJECTS)
+
+
+def test_one_of_a_thing_is_singular():
+    for op in OPERATIONS:
+        for seed in range(200):
+            text, _ = arithmetic.word_problem(op, 1, 1, random.Random(seed), TEMPLATES[op])
+            assert not re.search(r"\b1 (" + "|".join(arithmetic.OBJECTS) + r")\b", text), text
+            text, _ = arithmetic.word_problem(op, 11, 21, random.Random(seed), TEMPLATES[op])
+            assert not re.search(r"\d (" + "|".join(o[:-1] for o in arithmetic.OBJECTS) + r")\b",
+                                 text), text
+
+
+@pytest.mark.parametrize("words", [0, 0.2, 0.5, 1])
+def test_share_of_word_problems(words):
+    """Within five standard deviations of the binomial; all or none at the ends."""
+    docs = [d for ds in documents("arithmetic", None, words, 0.04, 400)[0].values() for d in ds]
+    share = sum("=" not in d for d in docs) / len(docs)
+    assert abs(share - words) <= 5 * (words * (1 - words) / len(docs)) ** 0.5
+
+
+def test_texts_are_the_same_every_time(texts):
+    assert documents("arithmetic", None, 0.5, 0.1, 600)[0] == texts
+    assert not set(texts["retain_train"][:50]) == set(texts["retain_val"][:50])
+
+
+@pytest.mark.parametrize("knob,value", [("words", -0.1), ("words", 1.5), ("heldout_pairs", 0.6),
+                                        ("heldout_pairs", -1), ("problems", 99)])
+def test_bad_knobs(knob, value):
+    knobs = dict(words=0.5, heldout_pairs=0.04, problems=200) | {knob: value}
+    with pytest.raises(BadInput, match=f"{knob}={value}"):
+        documents("arithmetic", None, **knobs)
+
+
+# --- exams ---------------------------------------------------------------------------------------
+def test_exam():
+    """The same every time; right; of the pairs that it should be; of held-out templates only."""
+    for op in OPERATIONS:
+        known, unknown = (set(p) for p in split_pairs(op, 0.04))
+        for form in ("equations", "words"):
+            for heldout in (False, True):
+                asked = exam(op, form, 50, heldout, 0.5, 0.04)
+                torch.manual_seed(1)
+                assert asked == exam(op, form, 50, heldout, 0.5, 0.04)
+                read_back = [(*read(question, HELD_OUT), answer) for question, answer in asked]
+                for o, a, b, answer in read_back:
+                    assert o == op and answer == f" {solve(op, a, b)}"
+                    assert (a, b) in (unknown if heldout else known)
+                assert all(("=" in q) == (form == "equations") for q, _ in asked)
+                distinct = len({r[1:3] for r in read_back})
+                assert distinct == len(asked) == (min(50, len(unknown)) if heldout else 50)
+
+
+def test_exam_longer_than_the_pairs():
+    assert len(exam("*", "equations", 1000, False, 0.5, 0.04)) == 1000
+
+
+class Pupil:
+    """Answers as `say(question, right answer)` tells it: a text, or None to go on without a stop."""
+
+    def __init__(self, task, say):
+        self.task, self.say, self.asked = task, say, 0
+
+    def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0):
+        enc, end, rows = self.task.tokenizer, self.task.end, []
+        assert temperature == 0 and stop == end
+        for prompt in prompts:
+            assert prompt[0] == end and end not in prompt[1:]
+            question = enc.decode(prompt[1:])
+            op, a, b = read(question, TRAINING + HELD_OUT)
+            said = enc.encode_ordinary(self.say(op, f" {solve(op, a, b)}"))
+            rows.append((said + [end] * max_new_tokens)[:max_new_tokens])
+            self.asked += 1
+        return torch.tensor(rows)
+
+    def __call__(self, *_):
+        raise AssertionError("a score is made of answers")
+
+
+def test_accuracy(task):
+    problems = [(q, a) for op in OPERATIONS for q, a in exam(op, "equations", 10, False, .5, .04)]
+    assert accuracy(Pupil(task, lambda op, right: right), task, problems) == 1
+    wrong = {"one more": lambda op, right: f" {int(right) + 1}", "no space": lambda op, r: r[1:],
+             "one digit more": lambda op, right: right + "0", "nothing": lambda op, right: "",
+             "goes on": lambda op, right: right + " apples", "first digit": lambda op, r: r[:-1]}
+    for say in wrong.values():
+        assert accuracy(Pupil(task, say), task, problems) == 0
+    half = Pupil(task, lambda op, right: right if op in "+*/" else " 999")
+    assert accuracy(half, task, problems) == 0.75
+    long = [(q, a) for q, a in problems if len(a) >= 3]              # the answers differ in length
+    assert 0 < len(long) < 40
+    assert accuracy(Pupil(task, lambda op, right: right if len(right) >= 3 else " x"), task,
+                    problems) == pytest.approx(len(long) / 40)
+
+
+def test_score(task):
+    """Headlines are means over operations and forms; a quick look has the headlines alone."""
+    pupil = Pupil(task, lambda op, right: right if op in "+*" else " x")
+    got = score(pupil, task)
+    assert got == {"retain": 0.5, "forget": 0.5, "retain_heldout_pairs": 0.5,
+                   "forget_heldout_pairs": 0.5, **{f"{op} {form}": float(op in "+*") for op in
+                                                   OPERATIONS for form in ("equations", "words")}}
+    assert score(pupil, task, quick=True) == {"retain": 0.5, "forget": 0.5}
+    asked = pupil.asked
+    assert score(pupil, task, ("forget",), quick=True) == {"forget": 0.5}
+    assert pupil.asked - asked == 400                                # 2 operations, 2 forms, 100
+
+
+@pytest.mark.parametrize("words,heldout_pairs,forms", [(0, 0.04, ["equations"]), (1, 0, ["words"])])
+def test_score_asks_what_was_taught(words, heldout_pairs, forms, task, monkeypatch):
+    monkeypatch.setitem(task.made_with, "words", words)
+    monkeypatch.setitem(task.made_with, "heldout_pairs", heldout_pairs)
+    got = score(Pupil(task, lambda op, right: right), task)
+    headlines = ["retain", "forget"] + ["retain_heldout_pairs",
+                                        "forget_heldout_pairs"] * (heldout_pairs > 0)
+    assert got == dict.fromkeys(headlines + [f"{op} {f}" for op in OPERATIONS for f in forms], 1.0)
+
+
+# --- batches -------------------------------------------------------------------------------------
+def test_bins_are_the_texts(folder, task):
+    texts = documents("arithmetic", None, 0.5, 0.04, 300)[0]
+    for split, docs in texts.items():
+        tokens = np.fromfile(folder / "arithmetic" / f"{split}.bin", np.uint16).tolist()
+        assert task.tokenizer.decode(tokens) == "".join(d + "<|endoftext|>" for d in docs)
+
+
+@pytest.mark.parametrize("domain", ["retain", "forget"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_rows_are_slices_of_their_file(domain, part, folder, task):
+    """Contiguous, anywhere in the file, its very ends included; targets are inputs moved by one."""
+    raw = np.fromfile(folder / "arithmetic" / f"{domain}_{part}.bin", np.uint16)
+    windows = {w.tobytes(): i for i, w in enumerate(
+        np.lib.stride_tricks.sliding_window_view(raw, task.block_size + 1))}
+    starts = []
+    for step in range(6):
+        x, y = task.batch(domain, 1000, step, 0, part)
+        assert x.shape == y.shape == (1000, task.block_size) and x.dtype == y.dtype == torch.int64
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        rows = torch.cat((x, y[:, -1:]), 1).numpy().astype(np.uint16)
+        starts += [windows[row.tobytes()] for row in rows]           # KeyError: not in this file
+    assert 0 <= min(starts) < len(raw) // 50 and max(starts) > len(raw) * 49 // 50 - task.block_size
+    assert len(set(starts)) > 0.4 * min(len(starts), len(windows))
+
+
+def test_the_last_token_is_reached(task):
+    """Rows of a file that holds just one or two: the first and last token of the file are there."""
+    kept = dict(task.tokens)
+    try:
+        T = task.block_size
+        for n in (1, 2):
+            task.tokens["retain_train"] = np.arange(T + n, dtype=np.uint16)
+            x, y = task.batch("retain", 50, 0, 0)
+            assert x.min() == 0 and y.max() == T + n - 1
+            assert sorted(set(x[:, 0].tolist())) == list(range(n))
+    finally:
+        task.tokens = kept
+
+
+def test_a_batch_is_a_function_of_its_arguments(task):
+    same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a, b))  # noqa: E731
+    first = task.batch("all", 16, 7, 3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    task.batch("all", 16, 8, 3)
+    assert same(first, task.batch("all", 16, 7, 3))
+    for other in (("all", 16, 8, 3), ("all", 16, 7, 4), ("all", 16, 3, 7), ("all", 16, 7, 3, "val")):
+        assert not same(first, task.batch(*other))
+
+
+def test_all_is_both_in_proportion(task):
+    size = {d: len(task.tokens[f"{d}_train"]) for d in ("retain", "forget")}
+    share = size["forget"] / sum(size.values())
+    assert task.forget_share == pytest.approx(share)
+    for n in (1, 2, 9, 64):
+        forget = round(n * share)
+        x, y = task.batch("all", n, 5, 2)
+        assert len(x) == n
+        if n > forget:
+            assert torch.equal(x[:n - forget], task.batch("retain", n - forget, 5, 2)[0])
+        if forget:
+            assert torch.equal(y[n - forget:], task.batch("forget", forget, 5, 2)[1])
+
+
+def test_uneven_proportion(tmp_path, monkeypatch):
+    """A task with three times as much to retain: three rows in four."""
+    def documents(name, folder, **knobs):
+        texts, facts = arithmetic_documents(name, folder, **knobs)
+        return texts | {"retain_train": texts["retain_train"] * 3}, facts
+    arithmetic_documents = arithmetic.documents
+    monkeypatch.setattr(arithmetic, "documents", documents)
+    task = data.load("arithmetic", folder=tmp_path, problems=100)
+    sizes = [len(task.tokens[f"{d}_train"]) for d in ("retain", "forget")]
+    forget = round(64 * sizes[1] / sum(sizes))
+    assert 12 < forget < 20
+    x, _ = task.batch("all", 64, 0, 0)
+    assert torch.equal(x[64 - forget:], task.batch("forget", forget, 0, 0)[0])
