@@ -55,7 +55,9 @@ class Common:
 @dataclass
 class Config(Common):
     batch_size: int | None = knob(None, "rows in a batch", 1)
-    steps: int | None = knob(None, "steps of the base; filtered takes as many retain rows", 1)
+    steps: int | None = knob(None, "pretraining steps of the base", 1)
+    filtered_steps: int | None = knob(None, "pretraining steps of the filtered model: enough to "
+                                      "be as good as base on retain data", 1)
     lr: float | None = knob(None, "AdamW's rate (the embedding)", 0, 1)
     muon_lr: float | None = knob(None, "Muon's rate (matrices of the blocks); 0: AdamW for all", 0, 1)
     name: str = knob("both", "which model to make", choices=["both", "base", "filtered"])
@@ -325,12 +327,12 @@ def new_model(cfg, task):
 def pretrain(name, cfg, task):
     """base learns from retain and forget data; filtered, the gold standard, from retain alone.
 
-    filtered sees as many retain rows as base does: what retraining with perfect labels costs.
+    filtered trains until it is as good as base on retain data: what retraining with perfect labels
+    costs. That takes more retain rows than base saw, which learns from the forget data as well.
     """
     cfg = fill(cfg, task, "train")
     split = "all" if name == "base" else "retain"
-    forget = round(cfg.batch_size * task.forget_share)
-    steps = cfg.steps if name == "base" else round(cfg.steps * (1 - forget / cfg.batch_size))
+    steps = cfg.steps if name == "base" else cfg.filtered_steps
     made_with = {k: getattr(cfg, k) for k in ("seed", "block_size", "n_layer", "n_head", "n_embd",
                                               "batch_size", "lr", "muon_lr")}
     made_with |= {"split": split, "steps": steps}

@@ -39,6 +39,7 @@ class Config(unlearn.Attack):
     tolerance: float = knob(0.05, "distil until retain is within this share of the teacher's", 0, 1)
     check_every: int | None = knob(None, "steps between looks at the student's retain score", 1)
     base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
+    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
     seeds: int = knob(1, "how many seeds, from --seed on; the later ones live in OUT/TASK/seedN", 1)
 
 
@@ -109,7 +110,8 @@ def undo(alpha, cfg, task, teacher, teacher_record):
 
 def story(cfg, task):
     """Makes every model, attacks it, and returns its rows (see README, Rows)."""
-    pretraining = train.Config(**common(cfg), steps=cfg.base_steps)
+    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
+                               filtered_steps=cfg.filtered_steps)
     models = {"base": pretrain("base", pretraining, task),
               "filtered": pretrain("filtered", pretraining, task)}
     given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(unlearn.Attack)}

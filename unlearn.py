@@ -31,6 +31,7 @@ class Config(Attack):
     layer: int | None = knob(None, "rmu: the block whose output is steered (auto: the middle)", 1)
     steer: float = knob(4.0, "rmu: length of the steering vector, in lengths of the residual", 0)
     base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
+    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
 
 
 def kl(teacher_logits, logits):
@@ -147,7 +148,8 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
 def main(cfg):
     task = open_task(cfg)
     cfg = fill(cfg, task, "attack")
-    pretraining = train.Config(**common(cfg), steps=cfg.base_steps)
+    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
+                               filtered_steps=cfg.filtered_steps)
     base = pretrain("base", pretraining, task)
     filtered = pretrain("filtered", pretraining, task)
     models = {"base": base, "filtered": filtered, cfg.method: unlearn(cfg, task, *base, *filtered)}
