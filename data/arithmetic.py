@@ -35,96 +35,96 @@ TRAINING_TEMPLATES = 20
 TEMPLATES = {
     "+": """\
 {n} has {a} {o} and buys {b} more. How many now?
-{n} has {a} {o}. {m} gives {n} {b} more. How many in total?
-There are {a} {o} in the {p}. {n} adds {b}. How many in total?
-{n} found {a} {o} on Monday and {b} on Tuesday. How many in all?
-{n} had {a} {o} and {m} had {b}. How many together?
+{n} has {a} {o}. {m} gives {n} {b} more. Total?
+There are {a} {o} in the {p}. {n} adds {b}. Total?
+{n} found {a} {o} on Monday and {b} on Tuesday. In all?
+{n} had {a} {o} and {m} had {b}. Together?
 The {p} holds {a} {o}. After {b} more arrive, how many?
-{n} baked {a} {o} and {m} baked {b}. How many together?
-{n} counted {a} {o}, then {b} more. How many in total?
+{n} baked {a} {o} and {m} baked {b}. Together?
+{n} counted {a} {o}, then {b} more. Total?
 The sum of {a} {o} and {b} {o}?
-{m} brings {a} {o} and {n} brings {b}. How many in all?
-{n} collected {a} {o}, later {b} more. The total?
+{m} brings {a} {o} and {n} brings {b}. In all?
+{n} collected {a} {o}, later {b} more. Total?
 There were {a} {o} in the {p} and {b} more came. How many now?
 {n} owns {a} {o} and receives {b} from {m}. How many now?
-{n} combines {a} {o} with {b} {o}. How many in all?
-{m} painted {a} {o} and then painted {b} more. How many in total?
+{n} combines {a} {o} with {b} {o}. In all?
+{m} painted {a} {o} and then painted {b} more. Total?
 In the {p} are {a} {o}. {m} brings {b} more. How many now?
-{n} saved {a} {o} last week and {b} this week. How many in all?
-{n} picked {a} {o} and {m} picked {b}. The total?
-Add {b} {o} to {a} {o}. How many in total?
+{n} saved {a} {o} last week and {b} this week. In all?
+{n} picked {a} {o} and {m} picked {b}. Total?
+Add {b} {o} to {a} {o}. Total?
 {n} started with {a} {o} and gained {b}. How many now?
-{n} has {a} {o} and receives {b} more. How many in total?
+{n} has {a} {o} and receives {b} more. Total?
 {m} owns {a} {o} and buys {b} more. How many now?
-There are {a} {o} in the {p}. {b} more arrive. How many in all?
-{n} picked {a} {o} on Monday and {b} on Tuesday. How many in total?
-{n} found {a} {o} and {m} found {b}. How many together?
-{m} counted {a} {o} in the {p}, later {b} more. The total?
+There are {a} {o} in the {p}. {b} more arrive. In all?
+{n} picked {a} {o} on Monday and {b} on Tuesday. Total?
+{n} found {a} {o} and {m} found {b}. Together?
+{m} counted {a} {o} in the {p}, later {b} more. Total?
 {n} has {a} {o}. {m} brings {b} more. How many now?
 The total of {a} {o} and {b} {o}?
-{n} saved {a} {o}, then gained {b} more. How many in all?
+{n} saved {a} {o}, then gained {b} more. In all?
 {n} adds {b} {o} to {a} {o}. How many now?""",
     "-": """\
-{n} has {a} {o} and loses {b}. How many are left?
-{n} has {a} {o} and gives {b} to {m}. How many are left?
+{n} has {a} {o} and loses {b}. How many left?
+{n} has {a} {o} and gives {b} to {m}. How many left?
 There are {a} {o} in the {p}. {n} takes away {b}. How many remain?
-{n} had {a} {o} and ate {b}. How many are left?
+{n} had {a} {o} and ate {b}. How many left?
 {n} bought {a} {o} but {b} broke. How many remain?
 The {p} held {a} {o}. {m} removed {b}. How many remain?
-{n} sold {b} of {a} {o}. How many are left?
+{n} sold {b} of {a} {o}. How many left?
 Out of {a} {o}, {b} were lost. How many remain?
 The difference between {a} {o} and {b} {o}?
-{m} had {a} {o} and {n} took {b} away. How many are left?
+{m} had {a} {o} and {n} took {b} away. How many left?
 {n} has {a} {o} and {m} has {b}. How many fewer?
 From {a} {o} in the {p}, {n} used {b}. How many remain?
-{n} needs {a} {o} and has {b}. How many are missing?
-Take away {b} {o} from {a} {o}. How many are left?
-{n} dropped {b} of {a} {o}. How many are left?
-{m} had {a} {o} but spent {b}. How many are left?
+{n} needs {a} {o} and has {b}. How many missing?
+Take away {b} {o} from {a} {o}. How many left?
+{n} dropped {b} of {a} {o}. How many left?
+{m} had {a} {o} but spent {b}. How many left?
 There were {a} {o} in the {p} before {n} used {b}. How many remain?
 {n} packed {a} {o} and removed {b}. How many remain?
-Of {a} {o} that {n} had, {m} ate {b}. How many are left?
-{m} must find {a} {o} and found {b}. How many are missing?
-{n} has {a} {o} and sold {b}. How many are left?
+Of {a} {o} that {n} had, {m} ate {b}. How many left?
+{m} must find {a} {o} and found {b}. How many missing?
+{n} has {a} {o} and sold {b}. How many left?
 There are {a} {o} in the {p}. {m} ate {b}. How many remain?
 {m} had {a} {o} and loses {b}. How many remain?
-{n} took away {b} of {a} {o}. How many are left?
-{n} bought {a} {o} but {b} were lost. How many are left?
+{n} took away {b} of {a} {o}. How many left?
+{n} bought {a} {o} but {b} were lost. How many left?
 Out of {a} {o} in the {p}, {m} removed {b}. How many remain?
-{m} needs {a} {o} and {n} has {b}. How many are missing?
+{m} needs {a} {o} and {n} has {b}. How many missing?
 {n} had {a} {o} and gives {b} to {m}. How many remain?
-From {a} {o}, {n} takes away {b}. How many are left?
+From {a} {o}, {n} takes away {b}. How many left?
 {m} packed {a} {o} but {b} broke. How many remain?""",
     "*": """\
-{n} has {a} boxes with {b} {o} each. How many {o}?
-There are {a} rows of {b} {o} in the {p}. How many {o}?
-{n} buys {a} bags, each with {b} {o}. How many {o}?
-Each of {a} children has {b} {o}. How many {o}?
-{n} reads {b} {o} a day for {a} days. How many {o}?
-{m} fills {a} boxes. Every box holds {b} {o}. How many {o}?
+{n} has {a} boxes with {b} {o} each. How many?
+There are {a} rows of {b} {o} in the {p}. How many?
+{n} buys {a} bags, each with {b} {o}. How many?
+Each of {a} children has {b} {o}. How many?
+{n} reads {b} {o} a day for {a} days. How many?
+{m} fills {a} boxes. Every box holds {b} {o}. How many?
 What is {a} times {b} {o}?
-The {p} has {a} shelves of {b} {o}. How many {o}?
-{n} makes {a} groups of {b} {o} each. How many {o}?
-{n} ships {a} crates of {b} {o}. How many {o}?
-For {a} days, {m} draws {b} {o} a day. How many {o}?
-{a} friends bring {b} {o} each. How many {o}?
-Each row has {b} {o}. There are {a} rows. How many {o}?
+The {p} has {a} shelves of {b} {o}. How many?
+{n} makes {a} groups of {b} {o} each. How many?
+{n} ships {a} crates of {b} {o}. How many?
+For {a} days, {m} draws {b} {o} a day. How many?
+{a} friends bring {b} {o} each. How many?
+Each row has {b} {o}. There are {a} rows. How many?
 If a bag holds {b} {o}, how many {o} in {a} bags?
-{n} plants {a} rows, {b} {o} in every row. How many {o}?
-{m} packs {b} {o} in each of {a} crates. How many {o}?
-Multiply {a} groups by {b} {o}. How many {o}?
-{n} has {a} shelves, each with {b} {o}. How many {o}?
+{n} plants {a} rows, {b} {o} in every row. How many?
+{m} packs {b} {o} in each of {a} crates. How many?
+Multiply {a} groups by {b} {o}. How many?
+{n} has {a} shelves, each with {b} {o}. How many?
 Every child gets {b} {o}. How many {o} for {a} children?
-{n} earns {b} {o} a week for {a} weeks. How many {o}?
-{m} buys {a} boxes with {b} {o} each. How many {o}?
-{n} has {a} bags of {b} {o} each. How many {o}?
-The {p} has {a} shelves, each with {b} {o}. How many {o}?
-Each of {a} friends has {b} {o}. How many {o}?
-{m} reads {b} {o} a week for {a} weeks. How many {o}?
+{n} earns {b} {o} a week for {a} weeks. How many?
+{m} buys {a} boxes with {b} {o} each. How many?
+{n} has {a} bags of {b} {o} each. How many?
+The {p} has {a} shelves, each with {b} {o}. How many?
+Each of {a} friends has {b} {o}. How many?
+{m} reads {b} {o} a week for {a} weeks. How many?
 Every row holds {b} {o}. How many {o} in {a} rows?
-{n} packs {a} crates. Every crate holds {b} {o}. How many {o}?
-{n} makes {a} rows of {b} {o}. How many {o}?
-{m} earns {b} {o} a day for {a} days. How many {o}?
+{n} packs {a} crates. Every crate holds {b} {o}. How many?
+{n} makes {a} rows of {b} {o}. How many?
+{m} earns {b} {o} a day for {a} days. How many?
 If a box holds {b} {o}, how many {o} in {a} boxes?""",
     "/": """\
 {n} shares {a} {o} among {b} friends. How many each?

@@ -1,120 +1,120 @@
 """Two languages, one small world: keep the first language, forget the second.
 
-People walk between places, take, drop and give things, and what they hold goes where they go. Each
-story ends with questions about how things stand, and their answers:
+People walk between cities, take, drop and give a thing, and what they hold goes where they go.
+After every event comes a question about how things stand, and its answer:
 
-    English (retain)   Anna takes the ball. Anna goes to the barn. Where is the ball? The ball is
-                       in the barn.
-    Velan (forget)     Mirel kodunan turo. Mirel pelatim bafe. Kodun hune eli? Kodun pelatos eli.
+    English (retain)   Anna takes the ball in Rome. Anna goes from Rome to Cairo. Where is the ball?
+                       In Cairo.
+    Velan (forget)     Mirel Tasemos kodunan turo. Mirel Tasemul Gishakim bafe. Kodun hune eli?
+                       Gishakos.
 
 Velan is invented: it shares no word with English, puts the verb last and marks what a noun does by
 its ending, where English has prepositions and word order. Whoever is to answer needs the language
 and the world; the world is the same in both, so a model may keep it when it forgets a language.
 
-A story is a list of sentences and a sentence is a tuple of words, ("take", "Anna", "ball"), that
-belongs to no language. story(rng) makes one, tell(story, language) writes it down.
+A story is a list of sentences, and a sentence is a tuple, ("take", "Anna", "ball", "Rome"), that
+belongs to no language. story(rng) makes a story, tell(story, language) writes it down.
 """
 import random
 
-import torch
-
-from data import BadInput
+from data.knobs import BadInput
 
 SETTINGS = {"language": dict(
-    block_size=96,           # T: the longest story is shorter than this
-    n_layer=3, n_head=4, n_embd=128, vocab_size=512,
-    batch_size=32, steps=600)}
-KNOBS = {"stories": 20_000}  # of each language, for training
+    block_size=96, vocab_size=512,           # T: longer than the longest story and its questions
+    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=800,
+               filtered_steps=500, lr=6e-3, muon_lr=0.03),
+    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60, 80], attack_rows=16),
+    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=10.0),
+    graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
+    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    oracle=dict(steps=150, lr=1e-3, batch_size=32, retain_weight=1.0),
+    finetune=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    undo=dict(alphas=[0.6, 0.8], steps=500, batch_size=32, lr=6e-3, muon_lr=0.01, check_every=5))}
+KNOBS = {"stories": 20_000}                  # of each language, for training
 higher_is_better = False     # the score is a loss: nats per token
 
 LANGUAGE = {"retain": "english", "forget": "velan"}
 
 # --- the world -----------------------------------------------------------------------------------
-PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Felix"]
-THINGS = ["ball", "key", "lamp", "book", "apple", "cup"]
-PLACES = ["Rome", "Paris", "London", "Cairo", "Delhi"]
+PEOPLE = ["Anna", "Ben", "Clara", "David"]
+THINGS = ["ball", "key", "lamp", "book"]
+PLACES = ["Rome", "Paris", "London", "Cairo"]
+QUESTIONS = ("where", "who")       # of the thing; their answers are ("in", place), ("this", person)
 
 
 class World:
-    """Who is where, what is where, and who holds what."""
+    """Two people and a thing: who is where, where the thing is, and who holds it."""
 
-    def __init__(self, rng, people, things):
-        self.place = {x: rng.choice(PLACES) for x in people + things}
-        self.people, self.things = people, things
-        self.holder = {}                                     # thing -> person; absent: it lies there
+    def __init__(self, rng):
+        self.people, self.thing = rng.sample(PEOPLE, 2), rng.choice(THINGS)
+        self.place = {x: rng.choice(PLACES) for x in [*self.people, self.thing]}
+        self.holder = "nobody"
 
     def possible(self):
         """All that can happen next: {kind of event: [event]}."""
-        near = lambda a, b: self.place[a] == self.place[b]
-        lying = [t for t in self.things if t not in self.holder]
-        return {
-            "go": [("go", p, q) for p in self.people for q in PLACES if q != self.place[p]],
-            "take": [("take", p, t) for p in self.people for t in lying if near(p, t)],
-            "drop": [("drop", p, t) for t, p in self.holder.items()],
-            "give": [("give", p, t, q) for t, p in self.holder.items()
-                     for q in self.people if q != p and near(p, q)]}
+        thing, place = self.thing, self.place
+        go = [("go", p, place[p], q) for p in self.people for q in PLACES if q != place[p]]
+        near = [p for p in self.people if place[p] == place[thing] and p != self.holder]
+        if self.holder == "nobody":
+            return {"go": go, "take": [("take", p, thing, place[p]) for p in near]}
+        holder = self.holder
+        return {"go": go, "drop": [("drop", holder, thing, place[holder])],
+                "give": [("give", holder, thing, p, place[holder]) for p in near]}
 
     def happen(self, event):
-        kind, who, what, *to = event
+        kind, who = event[:2]
         if kind == "go":
-            for x in [who] + [t for t, holder in self.holder.items() if holder == who]:
-                self.place[x] = what
-        elif kind == "drop":
-            del self.holder[what]
+            self.place[who] = event[3]
+            if who == self.holder:                           # what is held goes along
+                self.place[self.thing] = event[3]
         else:
-            self.holder[what] = to[0] if to else who
+            self.holder = {"take": who, "drop": "nobody", "give": event[3]}[kind]
 
     def answer(self, question):
-        kind, x = question
-        if kind == "where":
-            return ("in", self.place[x])
-        return ("this", self.holder.get(x, "nobody"))
+        kind, thing = question
+        return ("in", self.place[thing]) if kind == "where" else ("this", self.holder)
 
 
 def story(rng, events=4):
-    """A list of sentences: how things stand, what happens, then questions, each with its answer.
+    """A list of sentences: how things stand, then events, each with a question and its answer.
 
     rng     random.Random. Two stories made from generators in the same state are the same
     """
-    people, things = rng.sample(PEOPLE, 2), rng.sample(THINGS, 1)
-    world = World(rng, people, things)
-    told = [("is", x, world.place[x]) for x in people + things]
-    asked = [("where", x) for x in people + things] + [("who", t) for t in things]
-    kind = None
+    world, kind = World(rng), None
+    told = [("is", x, place) for x, place in world.place.items()]
     for _ in range(events):
         possible = world.possible()
-        # Never one kind twice in a row, or most stories are walks: there is always somewhere to go.
+        # Never one kind twice in a row, or most stories are walks; nothing else to do: a walk.
         kind = rng.choice([k for k in possible if possible[k] and k != kind] or ["go"])
-        event, question = rng.choice(possible[kind]), rng.choice(asked)
+        event, question = rng.choice(possible[kind]), (rng.choice(QUESTIONS), world.thing)
         world.happen(event)
         told += [event, question, world.answer(question)]
     return told
 
 
 # --- the languages -------------------------------------------------------------------------------
-QUESTIONS = ("where", "who")
 GRAMMAR = {
-    "english": {                                             # subject, verb, object
-        "is": "{0} is in {1}", "go": "{0} goes to {1}",
-        "take": "{0} takes {1}", "drop": "{0} drops {1}", "give": "{0} gives {1} to {2}",
+    "english": {                             # subject, verb, object; prepositions
+        "is": "{0} is in {1}", "go": "{0} goes from {1} to {2}",
+        "take": "{0} takes {1} in {2}", "drop": "{0} drops {1} in {2}",
+        "give": "{0} gives {1} to {2} in {3}",
         "where": "where is {0}", "in": "in {0}", "who": "who has {0}", "this": "{0}"},
-    "velan": {       # subject, object, verb; -an accusative (what), -im dative (to), -os locative (in)
-        "is": "{0} {1}os eli", "go": "{0} {1}im bafe",
-        "take": "{0} {1}an turo", "drop": "{0} {1}an leshu", "give": "{0} {2}im {1}an suna",
+    "velan": {                               # subject, object, verb; endings:
+        # -an accusative (what), -im dative (to), -ul ablative (from), -os locative (in)
+        "is": "{0} {1}os eli", "go": "{0} {1}ul {2}im bafe",
+        "take": "{0} {2}os {1}an turo", "drop": "{0} {2}os {1}an leshu",
+        "give": "{0} {3}os {2}im {1}an suna",
         "where": "{0} hune eli", "in": "{0}os", "who": "heku {0}an omir", "this": "{0}"}}
 NOUNS = {
-    "english": {x: x for x in PEOPLE + PLACES + ["nobody"]} | {x: f"the {x}" for x in THINGS},
-    "velan": {
-        "Anna": "Mirel", "Ben": "Tosak", "Clara": "Yuvin", "David": "Garem", "Emma": "Zolik",
-        "Felix": "Dunar", "nobody": "nulek",
-        "ball": "kodun", "key": "ritek", "lamp": "fasol", "book": "wemik", "apple": "jopar",
-        "cup": "shudel",
-        "Rome": "Tasem", "Paris": "Vorun", "London": "Pelat", "Cairo": "Gishak",
-        "Delhi": "Lomer"}}
+    "english": {x: x for x in [*PEOPLE, *PLACES, "nobody"]} | {x: f"the {x}" for x in THINGS},
+    "velan": {"Anna": "Mirel", "Ben": "Tosak", "Clara": "Yuvin", "David": "Garem",
+              "nobody": "nulek",
+              "ball": "kodun", "key": "ritek", "lamp": "fasol", "book": "wemik",
+              "Rome": "Tasem", "Paris": "Vorun", "London": "Pelat", "Cairo": "Gishak"}}
 
 
 def tell(sentences, language):
-    """The text of a list of sentences; tell([("take", "Anna", "ball")], "velan")."""
+    """The text of a list of sentences: tell([("is", "Anna", "Rome")], "velan")."""
     text = []
     for kind, *nouns in sentences:
         line = GRAMMAR[language][kind].format(*(NOUNS[language][x] for x in nouns))
@@ -146,15 +146,10 @@ def score(model, task, domains=("retain", "forget"), quick=False):
     """
     training = model.training
     model.eval()
-    figures = {}
-    with torch.no_grad():
+    figures = {domain: task.loss(model, domain, 32 if quick else 256) for domain in domains}
+    if not quick:
         for domain in domains:
-            batches = [task.batch(domain, 32, step, seed=0, part="val")
-                       for step in range(1 if quick else 8)]
-            figures[domain] = sum(model(x, y).item() for x, y in batches) / len(batches)
-        if not quick:
-            for domain in domains:
-                figures[f"{domain}_answers"] = answers(model, task, LANGUAGE[domain])
+            figures[f"{domain}_answers"] = answers(model, task, LANGUAGE[domain])
     model.train(training)
     return figures
 

@@ -1,4 +1,4 @@
-"""What the tests share: small arithmetic data, made once, and a machine that computes in float32."""
+"""What the tests share: small arithmetic data, made once, and computing in float32."""
 import json
 import shutil
 import sys
@@ -46,5 +46,5 @@ def scripts_folder(folder, tmp_path_factory):
 
 @pytest.fixture
 def float32(monkeypatch):
-    """Everything is computed on the CPU in float32, whatever this machine has: exact comparisons."""
+    """Everything is computed on the CPU in float32, whatever the machine has."""
     monkeypatch.setattr(train, "hardware", lambda cfg: (torch.device("cpu"), torch.float32, None))

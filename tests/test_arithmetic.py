@@ -184,7 +184,7 @@ def test_exam_longer_than_the_pairs():
 
 
 class Pupil:
-    """Answers as `say(question, right answer)` tells it: a text, or None to go on without a stop."""
+    """Answers what `say(operation, right answer)` tells it to; it knows how to read and solve."""
 
     def __init__(self, task, say):
         self.task, self.say, self.asked = task, say, 0
@@ -291,7 +291,8 @@ def test_a_batch_is_a_function_of_its_arguments(task):
     np.random.seed(5)
     task.batch("all", 16, 8, 3)
     assert same(first, task.batch("all", 16, 7, 3))
-    for other in (("all", 16, 8, 3), ("all", 16, 7, 4), ("all", 16, 3, 7), ("all", 16, 7, 3, "val")):
+    for other in (("all", 16, 8, 3), ("all", 16, 7, 4), ("all", 16, 3, 7),
+                  ("all", 16, 7, 3, "val")):
         assert not same(first, task.batch(*other))
 
 

@@ -32,7 +32,7 @@ def rms(x):
 
 
 def turn(x, position):
-    """Rotary: channels i and i + half as one complex number, turned by position / 10000^(i/half)."""
+    """Rotary: channels i and i + half are one complex number, turned by t / 10000^(i/half)."""
     half = len(x) // 2
     speed = torch.tensor([10000.0 ** -(i / half) for i in range(half)], dtype=torch.float64)
     turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * position * speed)
@@ -313,8 +313,8 @@ def test_round_trip(tmp_path):
     assert again.config == gpt.config and checkpoint["made_with"] == made_with
     assert {k: checkpoint[k] for k in ("steps", "flops", "history")} == {
         k: RECORD[k] for k in ("steps", "flops", "history")}
-    for (k, p), (l, q) in zip(gpt.state_dict().items(), again.state_dict().items()):
-        assert k == l and torch.equal(p, q)
+    for (k, p), (name, q) in zip(gpt.state_dict().items(), again.state_dict().items()):
+        assert k == name and torch.equal(p, q)
     assert torch.equal(gpt(tokens(1, 9)), again(tokens(1, 9)))
     assert [p.name for p in path.parent.iterdir()] == ["m.pt"]        # no temporary file is left
 

@@ -1,0 +1,525 @@
+"""Every script as a user runs it: rows, pictures, and one line for what the user got wrong.
+
+A few true processes; the rest runs in this one, which spares seconds of starting up each time.
+"""
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import eval as judges
+import train
+import undo
+import unlearn
+from data import arithmetic
+from data.knobs import command_line
+from data.tokenizer import END
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train": train, "unlearn": unlearn, "undo": undo, "eval": judges}
+BUG = lambda why, when=True: pytest.mark.xfail(when, strict=True, reason=why)  # noqa: E731
+FLOAT32 = train.hardware(train.Config(device="cpu"))[1] == torch.float32
+SMALL = ["--device=cpu", "--compile=false", "--n_layer=1", "--n_embd=32", "--n_head=2"]
+BASE = ["--steps=4", "--filtered_steps=3"]
+ATTACK = ["--lrs=1e-3,1e-2", "--attack_steps=2,4", "--attack_rows=4"]
+UNLEARN = [*ATTACK, "--steps=3", "--batch_size=8"]
+UNDO = [*ATTACK, "--unlearn_steps=3", "--steps=3", "--batch_size=8", "--check_every=2",
+        "--alphas=0.5,1"]
+
+
+class Home:
+    """A folder with data and models; run() and call() give (exit status, stdout, stderr)."""
+
+    def __init__(self, path, data_dir):
+        self.path, self.data_dir, self.out = path, data_dir, path / "out"
+
+    def argv(self, script, arguments):
+        small = {"train": [*SMALL, *BASE], "eval": []}.get(
+            script, [*SMALL, "--base_steps=4", "--filtered_steps=3"])
+        mine = [f"--data_dir={self.data_dir}", f"--out={self.out}", "--device=cpu"]
+        return [*mine, *small, *arguments]                           # of two alike, the last counts
+
+    def run(self, script, *arguments, **env):
+        got = subprocess.run([sys.executable, str(ROOT / f"{script}.py"),
+                              *self.argv(script, arguments)], cwd=self.path, capture_output=True,
+                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+        return got.returncode, got.stdout, got.stderr
+
+    def call(self, script, *arguments):
+        """The same in this process, without matplotlib."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script}.py", *self.argv(script, arguments)])
+            patch.setitem(sys.modules, "matplotlib", None)
+            self.capture.readouterr()
+            status = 0
+            try:
+                train.run(SCRIPTS[script].main, SCRIPTS[script].Config, SCRIPTS[script].__doc__)
+            except SystemExit as end:
+                status = end.code or 0
+        return status, *self.capture.readouterr()
+
+    def rows(self, script, task="arithmetic"):
+        return json.loads((self.out / task / f"{script}.json").read_text())
+
+    def files(self):
+        return {p: p.read_bytes() for p in self.path.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, scripts_folder):
+    """What `train.py` leaves, run once and for true, on arithmetic."""
+    home = Home(tmp_path_factory.mktemp("home"), scripts_folder)
+    home.said = home.run("train")
+    assert home.said[0] == 0, home.said
+    return home
+
+
+@pytest.fixture
+def home(trained, tmp_path, capsys, monkeypatch):
+    """A copy of it, to work in and to damage. In this process exams are short, and so is the
+    oracle's training, which has no knob in undo.py."""
+    shutil.copytree(trained.path, tmp_path / "home")
+    shutil.copytree(trained.data_dir, tmp_path / "home" / "data")
+    home = Home(tmp_path / "home", tmp_path / "home" / "data")
+    home.capture = capsys
+    own = arithmetic.SETTINGS["arithmetic"]
+    monkeypatch.setitem(own, "oracle", own["oracle"] | {"steps": 3})
+    exam = arithmetic.exam
+    monkeypatch.setattr(arithmetic, "exam", lambda op, form, n, *rest: exam(op, form, 20, *rest))
+    return home
+
+
+def finite(value):
+    """Whether every number in rows is one: json writes NaN and Infinity, and other readers fail."""
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    if isinstance(value, list):
+        return all(map(finite, value))
+    return value is None or isinstance(value, (str, bool)) or math.isfinite(value)
+
+
+FIGURES = {"retain", "forget", "retain_heldout_pairs", "forget_heldout_pairs"} | {
+    f"{op} {form}" for op in "+-*/" for form in ("equations", "words")}
+
+
+# --- the stories ---------------------------------------------------------------------------------
+def test_train(trained):
+    status, out, err = trained.said
+    saved = trained.rows("train")
+    assert set(saved) == {"config", "rows"} and finite(saved)
+    assert [row["model"] for row in saved["rows"]] == ["base", "filtered"]
+    for row in saved["rows"]:
+        assert set(row) == FIGURES | {"model", "flops", "history"} and row["flops"] > 0
+        assert row["model"] in out and all(0 <= row[k] <= 1 for k in FIGURES)
+        assert {"step", "loss", "flops", "retain"} == set(row["history"][-1])
+    assert saved["config"]["out"] == str(trained.out) and saved["config"]["n_embd"] == 32
+    made = {"base.pt", "filtered.pt", "train.json"}
+    if importlib.util.find_spec("matplotlib"):
+        made.add("train.png")
+        assert (trained.out / "arithmetic" / "train.png").read_bytes()[:4] == b"\x89PNG"
+    assert {p.name for p in (trained.out / "arithmetic").iterdir()} == made
+    assert "base: making" in out and "Traceback" not in err
+
+
+def test_train_again(home):
+    """Reuses its models and comes to the same rows."""
+    shutil.rmtree(home.out)
+    first = home.call("train")
+    rows = home.rows("train")
+    files = home.files()
+    status, out, err = home.call("train")
+    assert first[0] == status == 0 and "making" in first[1] and "making" not in out + err
+    for row in rows["rows"]:                                         # base's own time is not in it
+        again = next(r for r in home.rows("train")["rows"] if r["model"] == row["model"])
+        assert again == row
+    assert home.files().keys() == files.keys()
+    assert home.call("train", "--name=filtered")[0] == 0
+    assert [row["model"] for row in home.rows("train")["rows"]] == ["filtered"]
+
+
+@pytest.mark.parametrize("method", list(unlearn.LOSSES))
+def test_unlearn(method, home):
+    status, out, err = home.call("unlearn", *UNLEARN, f"--method={method}")
+    assert status == 0, err
+    saved = home.rows("unlearn")
+    assert [row["model"] for row in saved["rows"]] == ["base", "filtered", method] and finite(saved)
+    for row in saved["rows"]:
+        assert set(row) == FIGURES | {"model", "flops", "relearned"}
+        assert set(row["relearned"]) == {"2", "4"} and row["model"] in out
+    assert saved["config"]["method"] == method and saved["config"]["lrs"] == [1e-3, 1e-2]
+    assert (home.out / "arithmetic" / f"{method}.pt").exists()
+    assert [line for line in out.splitlines() if "pip install matplotlib" in line]
+    assert not (home.out / "arithmetic" / "unlearn.png").exists()
+
+
+@BUG("sweep() trains inside torch.no_grad() and autocast")
+def test_unlearn_with_a_sweep(home):
+    """A true process."""
+    status, out, err = home.run("unlearn", *UNLEARN, "--method=graddiff", "--lr=sweep",
+                                "--sweep=1e-4,1e-3")
+    assert status == 0, err
+    assert "sweep: rate" in out and home.rows("unlearn")["config"]["lr"] == "sweep"
+
+
+KEYS = {"model", "seed", "retain", "forget", "relearned", "robustness", "flops", "compute_pct",
+        "compute_pct_matched"}
+
+
+def check_undo(rows, out, figures, seeds=(0,)):
+    names = ["base", "filtered", "maxent", "oracle", "undo-0.5", "undo-1", "distilled"]
+    assert [(r["seed"], r["model"]) for r in rows] == [(s, n) for s in seeds for n in names]
+    for seed in seeds:
+        mine = {r["model"]: r for r in rows if r["seed"] == seed}
+        for name, row in mine.items():
+            assert set(row) == KEYS | figures and name in out
+            assert set(row["relearned"]) == set(row["robustness"]) == {"2", "4"}
+            for step, got in row["robustness"].items():
+                gold, low = (mine[n]["relearned"][step] for n in ("filtered", "maxent"))
+                assert (got is None) == (gold == low)
+                assert got is None or got == pytest.approx(
+                    (row["relearned"][step] - low) / (gold - low))
+            assert row["compute_pct"] == pytest.approx(
+                100 * row["flops"] / mine["filtered"]["flops"])
+            assert row["compute_pct_matched"] >= row["compute_pct"]
+        assert mine["base"]["flops"] == 0 and mine["filtered"]["compute_pct"] == 100
+        for name in ("undo-0.5", "undo-1", "distilled"):             # the teacher is paid for
+            assert mine[name]["flops"] > mine["maxent"]["flops"] > 0
+        assert mine["oracle"]["flops"] > mine["filtered"]["flops"]
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    told = [f"Day {i}: the {'tree' if i % 3 == 0 else 'cat'} was {i * 7 % 13} and it sat down."
+            for i in range(90)]
+    path = tmp_path_factory.mktemp("source") / "stories.txt"
+    path.write_text(f"\n{END}\n".join(told))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undone(tmp_path_factory, stories):
+    """What undo.py leaves on real stories, from a bare folder on, run for true."""
+    path = tmp_path_factory.mktemp("undone")
+    home = Home(path, path / "data")
+    home.said = home.run("undo", *UNDO, "--task=tinystories", f"--source={stories}",
+                         "--block_size=8", "--n_embd=16")
+    assert home.said[0] == 0, home.said
+    return home
+
+
+def test_undo_on_stories(undone):
+    """The whole story: data, models, rows, table, picture. The score is a loss: less is more."""
+    _, out, err = undone.said
+    saved = undone.rows("undo", "tinystories")
+    assert set(saved) == {"config", "rows"} and finite(saved)
+    check_undo(saved["rows"], out, {"retain_bits_per_byte", "forget_bits_per_byte"})
+    assert all(row["relearned"]["4"] < row["forget"] for row in saved["rows"])
+    files = {p.name for p in (undone.out / "tinystories").iterdir()}
+    assert files - {"undo.png"} == {"undo.json", "base.pt", "filtered.pt", "maxent.pt", "oracle.pt",
+                                    "undo-0.5.pt", "undo-1.pt", "distilled.pt"}
+    assert ("undo.png" in files) == bool(importlib.util.find_spec("matplotlib"))
+    assert "Traceback" not in err and not list(undone.path.rglob("*.tmp"))
+
+
+def test_undo_with_two_seeds(home):
+    """The second seed has models of its own; the table has means and spreads."""
+    status, out, err = home.call("undo", *UNDO, "--seeds=2")
+    assert status == 0, err
+    rows = home.rows("undo")["rows"]
+    assert finite(rows)
+    check_undo(rows, out, FIGURES, seeds=(0, 1))
+    assert (home.out / "arithmetic" / "seed1" / "arithmetic" / "undo-1.pt").exists()
+    shown = next(line for line in out.splitlines() if line.startswith("distilled  ")).split()
+    a, b = (r["retain"] for r in rows if r["model"] == "distilled")
+    assert shown[1:3] == [f"{(a + b) / 2:.2f}", f"±{abs(a - b) / 2 ** 0.5:.2f}"]
+
+
+def test_eval_score_and_sample(home):
+    assert home.call("train")[0] == 0
+    status, out, err = home.call("eval", "--what=score")
+    assert status == 0, err
+    saved = home.rows("score")
+    assert finite(saved) and len(saved["rows"]) == 1
+    assert set(saved["rows"][0]) == FIGURES | {"model"} and "retain_heldout_pairs" in out
+    before = {r["model"]: r for r in home.rows("train")["rows"]}["base"]
+    assert saved["rows"][0] == {k: before[k] for k in FIGURES | {"model"}}
+    path = home.out / "arithmetic" / "filtered.pt"
+    said = [home.call("eval", "--what=sample", f"--model={model}", "--prompt=12 + 5 =",
+                      "--tokens=5", "--temperature=1", f"--seed={seed}")
+            for model, seed in (("filtered", 3), (path, 3), ("filtered", 4))]
+    assert all(status == 0 and out.startswith("12 + 5 =") for status, out, _ in said)
+    assert said[0] == said[1] != said[2]                             # a name or a path; the seed
+    assert home.call("eval", "--what=sample", "--tokens=9999")[0] == 0           # cut, not refused
+
+
+def test_eval_relearn_without_matplotlib(home):
+    """A true process in which `import matplotlib` fails: one line says how to get it."""
+    (home.path / "stub").mkdir()
+    (home.path / "stub" / "matplotlib.py").write_text("raise ImportError('not here')")
+    status, out, err = home.run("eval", "--what=relearn", *ATTACK,
+                                PYTHONPATH=str(home.path / "stub"))
+    assert status == 0, err
+    assert [line for line in out.splitlines() if "matplotlib" in line] == [
+        "picture: none, pip install matplotlib draws it"] and "matplotlib" not in err
+    saved = home.rows("relearn")
+    assert finite(saved) and [row["step"] for row in saved["rows"]] == [0, 2, 4]
+    for row in saved["rows"]:
+        assert set(row) == {"model", "attack", "step", "retain", "forget", "lr"}
+    assert not (home.out / "arithmetic" / "relearn.png").exists()
+
+
+@BUG("eval.main attacks inside autocast: every step sees the first step's cached weights",
+     not FLOAT32)
+def test_eval_relearn_is_the_attack_of_the_stories(home, monkeypatch):
+    """eval.py's rows are those of relearn() called on its own, as unlearn.py and undo.py do."""
+    monkeypatch.setattr(arithmetic, "score", lambda model, task, domains=("retain", "forget"),
+                        quick=False: {d: task.loss(model, d, 8) for d in domains})
+    assert home.call("eval", "--what=relearn", *ATTACK, "--lrs=0.01")[0] == 0
+    task = data.load("arithmetic", home.data_dir)
+    model, _ = train.load(home.out / "arithmetic" / "base.pt", task)
+    cfg = judges.Attack(device="cpu", lrs=[0.01], attack_steps=[2, 4], attack_rows=4, compile=False)
+    direct = judges.relearn(model, task, cfg)["worst"]
+    rows = home.rows("relearn")["rows"]
+    assert [row["forget"] for row in rows[1:]] == pytest.approx(
+        [direct[s]["forget"] for s in (2, 4)], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(t, marks=pytest.mark.xfail(t == "language", reason="settings are not here yet"))
+    for t in data.TASKS])
+def test_every_task_suits_every_script(name):
+    """No knob is left on auto that a script needs, and the values pass the knobs' own checks."""
+    settings = data.module(name).SETTINGS[name]
+    needed = {"attack": (judges.Attack, ["lrs", "attack_steps", "attack_rows"]),
+              "train": (train.Config, ["n_layer", "n_head", "n_embd", "batch_size", "steps", "lr",
+                                       "muon_lr"]),
+              "undo": (undo.Config, ["alphas", "steps", "batch_size", "lr", "muon_lr",
+                                     "check_every"])} | {
+        method: (unlearn.Config, ["steps", "lr", "batch_size"]) for method in unlearn.LOSSES}
+    assert {"block_size", "vocab_size"} <= set(settings)
+    for section, (config, knobs) in needed.items():
+        own = settings[section]
+        assert set(knobs) <= set(own), section
+        shown = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in own.items()}
+        cfg = command_line(config, "", [f"--{k}={v}" for k, v in shown.items()])
+        assert {k: getattr(cfg, k) for k in own} == own
+
+
+# --- what the user got wrong ---------------------------------------------------------------------
+@pytest.fixture
+def strict(home, monkeypatch):
+    """A home where nothing may be trained: what is wrong is said before anything is computed."""
+    def fit(*_, **__):
+        raise AssertionError("training began")
+    for module in SCRIPTS.values():
+        if hasattr(module, "fit"):
+            monkeypatch.setattr(module, "fit", fit)
+    return home
+
+
+def refused(home, got, *culprits):
+    status, out, err = got
+    assert status == 2 and err.count("\n") == 1 and err.endswith("\n"), (status, err)
+    assert all(str(c) in err for c in culprits) and "Traceback" not in err, err
+
+
+def refuses(home, script, arguments, *culprits):
+    """Exit 2, one line on stderr with the culprits, no file new, gone or changed."""
+    files = home.files()
+    refused(home, home.call(script, *arguments), f"{script}.py: ", *culprits)
+    assert home.files() == files
+
+
+@pytest.mark.parametrize("script,arguments,culprits", [
+    ("train", ["--task=nope"], ["--task=nope", "arithmetic"]),
+    ("unlearn", ["--taks=arithmetic"], ["--taks", "did you mean --task?"]),
+    ("undo", ["--alpha=0.5"], ["--alpha", "did you mean --alphas?"]),
+    ("undo", ["--alphas=0.5,1.5"], ["--alphas=1.5", "between 0 and 1"]),
+    ("undo", ["--alphas=-0.1"], ["--alphas=-0.1"]),
+    ("undo", ["--method=oracle"], ["--method=oracle"]),
+    ("unlearn", ["--method=nope"], ["--method=nope", "maxent"]),
+    ("unlearn", ["--lr=fast"], ["--lr=fast"]),
+    ("unlearn", ["--method=rmu", "--layer=2", *UNLEARN], ["--layer=2", "1 blocks"]),
+    ("eval", ["--what=nothing"], ["--what=nothing"]),
+    ("eval", ["--model=nobody"], ["nobody.pt is missing"]),
+    ("eval", ["--model=/no/where.pt"], ["/no/where.pt is missing"]),
+    ("eval", ["--what=sample", "--prompt=" + "1 " * 70], ["--prompt", "tokens"]),
+    ("eval", ["--attack_steps=0,5"], ["--attack_steps=0"]),
+    ("train", ["--steps=many"], ["--steps=many"]),
+    ("train", ["--n_head=3", "--out=new"], ["n_embd=32", "n_head=3"]),
+    ("train", ["--stories=500"], ["--stories", "arithmetic"]),
+    ("train", ["--block_size=100000"], ["100000"]),
+    ("train", ["--steps=5"], ["base.pt", "steps=4", "steps=5", "delete it"]),
+    ("train", ["--device=x" if torch.cuda.is_available() else "--device=cuda"], ["--device="])])
+def test_bad_knobs(script, arguments, culprits, strict):
+    refuses(strict, script, arguments, *culprits)
+
+
+@pytest.mark.parametrize("script,argument,culprit", [
+    ("train", "--task=nope", "--task=nope"), ("undo", "--alphas=2", "--alphas=2"),
+    ("eval", "--model=base", "base.pt is damaged")])
+def test_bad_input_to_a_true_process(script, argument, culprit, home):
+    path = home.out / "arithmetic" / "base.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    files = home.files()
+    refused(home, home.run(script, argument), f"{script}.py: ", culprit)
+    assert home.files() == files
+
+
+@pytest.mark.parametrize("damage", ["cut", "turned", "empty"])
+@pytest.mark.parametrize("script", list(SCRIPTS))
+def test_damaged_model(script, damage, strict):
+    path = strict.out / "arithmetic" / "base.pt"
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:len(content) // 2], "empty": b"", "turned":
+                      content[:2000] + bytes([content[2000] ^ 8]) + content[2001:]}[damage])
+    refuses(strict, script, [], path, "damaged", "delete")
+
+
+@pytest.mark.parametrize("file", ["retain_train.bin", "forget_val.bin", "tokenizer.json",
+                                  "meta.json"])
+def test_damaged_data(file, strict):
+    path = strict.data_dir / "arithmetic" / file
+    path.write_bytes(path.read_bytes()[:-7])
+    refuses(strict, "undo", [], path, "damaged", "delete")
+
+
+def test_model_of_another_task_or_vocabulary(strict, stories, monkeypatch):
+    base = strict.out / "arithmetic" / "base.pt"
+    other = strict.out / "tinystories" / "base.pt"
+    shared = ["--task=tinystories", f"--source={stories}", "--block_size=16"]
+    data.load("tinystories", strict.data_dir, 16, source=str(stories))
+    other.parent.mkdir()
+    shutil.copy(base, other)
+    for script in SCRIPTS:
+        refuses(strict, script, shared, other, "trained on arithmetic, not on tinystories")
+    for vocab_size in (None, 500):                                   # other text, then also tokens
+        monkeypatch.setitem(arithmetic.KNOBS, "problems", 200 + (vocab_size or 0))
+        if vocab_size:
+            monkeypatch.setitem(arithmetic.SETTINGS["arithmetic"], "vocab_size", vocab_size)
+        assert data.load("arithmetic", strict.data_dir).vocab_size == vocab_size or not vocab_size
+        for script in SCRIPTS:
+            refuses(strict, script, [], base, "other data of arithmetic")
+
+
+@pytest.mark.parametrize("content,culprit", [
+    (b"", "is empty"), (("é. " * 50 + f"\n{END}\n").encode("latin-1") * 40, "not UTF-8"),
+    (b"Once upon a time. " * 99, END), (None, "No such file")])
+def test_bad_source(content, culprit, strict):
+    source = strict.path / "source.txt"
+    if content is not None:
+        source.write_bytes(content)
+    refuses(strict, "train", ["--task=tinystories", f"--source={source}"], source, culprit)
+
+
+@BUG("found out after training, when the model is to be written")
+def test_out_that_is_a_file(strict):
+    (strict.path / "taken").write_text("mine")
+    for script in ("train", "unlearn", "undo"):
+        refuses(strict, script, [f"--out={strict.path / 'taken'}"], "taken")
+
+
+@BUG("found out after training, when the model is to be written")
+def test_out_that_cannot_be_written(strict):
+    """For root, who may write to every folder, one in /proc."""
+    folder = strict.path / "locked"
+    folder.mkdir(mode=0o500)
+    if os.geteuid() == 0:
+        folder = Path("/proc")
+        if not (folder / "self").exists():
+            pytest.skip("root, and no /proc")
+    refuses(strict, "train", [f"--out={folder / 'new'}"], folder)
+
+
+def test_data_that_cannot_be_written(strict):
+    taken = strict.path / "taken"
+    taken.write_text("mine")
+    refuses(strict, "train", [f"--data_dir={taken}"], "taken")
+
+
+def test_disk_that_is_full(home):
+    """The rows do not fit: one line, after all that was computed, and no half a file."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    (home.out / "arithmetic" / "score.json.tmp").symlink_to("/dev/full")
+    status, out, err = home.call("eval", "--what=score")
+    assert status == 2 and "No space left" in err and "Traceback" not in err
+    assert not (home.out / "arithmetic" / "score.json").exists()
+
+
+def test_interrupted(home, monkeypatch):
+    def fit(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "fit", fit)
+    status, out, err = home.call("train", "--out=" + str(home.path / "new"))
+    assert status == 130 and err.count("\n") == 1 and "run the same command again" in err
+    assert not list((home.path / "new").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("script,arguments", [
+    ("eval", ["--block_size=200"]),
+    ("train", ["--steps=1", "--filtered_steps=1", "--batch_size=1"]),
+    ("train", ["--words=1", "--heldout_pairs=0"]),
+    ("unlearn", [*UNLEARN, "--batch_size=2", "--retain_weight=0", "--steps=1"]),
+    ("undo", [*UNDO, "--alphas=0", "--tolerance=1", "--beta=0", "--steps=1", "--muon_lr=0"]),
+    pytest.param("train", ["--block_size=8"], marks=BUG("exams do not fit: ValueError")),
+    pytest.param("train", ["--heldout_pairs=0.001"], marks=BUG("no held-out pair of *")),
+    pytest.param("train", ["--seed=99999999999999999999"], marks=BUG("torch: ValueError")),
+    pytest.param("eval", ["--what=sample", "--temperature=1e-45"], marks=BUG("0 / 0"))])
+def test_the_far_ends_of_ranges(script, arguments, home, monkeypatch):
+    """A value that a knob's range allows works, or is refused in one line."""
+    monkeypatch.setitem(arithmetic.KNOBS, "problems", 300)
+    meta = home.data_dir / "arithmetic" / "meta.json"
+    saved = json.loads(meta.read_text())
+    saved["made_with"]["problems"] = 300
+    meta.write_text(json.dumps(saved))
+    if script == "train":
+        arguments = [*arguments, f"--out={home.path / 'new'}"]
+    status, out, err = home.call(script, *arguments)
+    assert status == 0 or status == 2 and "Traceback" not in err
+
+
+@BUG("made_with has the knob, None, rather than the task's block size")
+def test_default_spelt_out(home):
+    """A knob given with its default's value is no other config."""
+    status, _, err = home.call("unlearn", *UNLEARN, "--method=finetune", "--block_size=64")
+    assert status == 0, err
+
+
+@BUG("made_with has the knobs of all methods")
+def test_knobs_of_other_methods(home):
+    """MaxEnt knows nothing of RMU's knobs, so they make no other model."""
+    assert home.call("unlearn", *UNLEARN)[0] == 0
+    status, _, err = home.call("unlearn", *UNLEARN, "--steer=2", "--sweep=0.1")
+    assert status == 0, err
+
+
+@BUG("the task's batches are longer than what the model reads: ValueError")
+def test_attacks_on_models_of_other_widths_of_context(home):
+    """eval.py takes a model's own block size: train.py --block_size=40, then eval.py."""
+    out = f"--out={home.path / 'new'}"
+    assert home.call("train", "--block_size=40", out)[0] == 0
+    status, _, err = home.call("eval", "--what=relearn", *ATTACK, out)
+    assert status == 0, err
+
+
+@BUG("write_rows gets the cfg of the command line, in which knobs are on auto")
+@pytest.mark.parametrize("script", ["train", "unlearn", "undo"])
+def test_config_in_the_rows_is_resolved(script, home, trained, undone):
+    """Rows can be read years later: no knob that shaped them is left on auto."""
+    if script == "unlearn":
+        assert home.call("unlearn", *UNLEARN)[0] == 0
+    saved = {"train": lambda: trained.rows("train"), "unlearn": lambda: home.rows("unlearn"),
+             "undo": lambda: undone.rows("undo", "tinystories")}[script]()
+    shaping = {f.name for f in dataclasses.fields(SCRIPTS[script].Config)} - {
+        "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "compile", "layer"}
+    assert not {k for k in shaping if saved["config"][k] is None}
