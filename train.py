@@ -125,7 +125,7 @@ def autocast(cfg):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-WORTH_COMPILING = 4e13      # FLOPs: below, a CPU spends more on compiling (10-20 s) than it gains
+WORTH_COMPILING = 1e13      # FLOPs: below, a CPU spends more on compiling (10-20 s) than it gains
 
 
 def should_compile(cfg, flops):

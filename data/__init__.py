@@ -109,7 +109,8 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
         if knob not in mod.KNOBS and knobs[knob] is not None:
             raise BadInput(f"--{knob} means nothing to the task {name}"
                            + (f", which knows {', '.join(mod.KNOBS)}" if mod.KNOBS else ""))
-    asked = {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
+    asked = {"code": sha256(mod.__file__)}                        # edit the task: new text
+    asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
     folder = Path(folder or FOLDER) / name
     meta = read_meta(folder)
     for knob in ("source", "source2"):
@@ -146,7 +147,7 @@ def prepare(name, folder, knobs, block_size=None):
     """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json comes last."""
     mod = module(name)
     print(f"data: making {name} in {folder}")
-    texts, facts = mod.documents(name, folder, **knobs)
+    texts, facts = mod.documents(name, folder, **{k: knobs[k] for k in mod.KNOBS})
     for split in SPLITS:
         if not texts[split]:
             raise BadInput(f"{name}: no text for {split}, give a longer --source")

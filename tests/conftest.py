@@ -39,7 +39,7 @@ def scripts_folder(folder, tmp_path_factory):
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     path = copy / "arithmetic" / "meta.json"
     meta = json.loads(path.read_text())
-    meta["made_with"] = dict(arithmetic.KNOBS)
+    meta["made_with"] |= arithmetic.KNOBS
     path.write_text(json.dumps(meta))
     return copy
 

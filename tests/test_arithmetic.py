@@ -296,6 +296,18 @@ def test_a_batch_is_a_function_of_its_arguments(task):
         assert not same(first, task.batch(*other))
 
 
+def test_splits_are_drawn_apart(task):
+    """Files of the same length, yet other rows: one domain's choice says nothing of the other's."""
+    kept = dict(task.tokens)
+    try:
+        task.tokens = dict.fromkeys(kept, np.arange(5000, dtype=np.uint16))
+        drawn = [task.batch(d, 20, 0, 0, part)[0][:, 0].tolist() for d in ("retain", "forget")
+                 for part in ("train", "val")]
+    finally:
+        task.tokens = kept
+    assert not any(a == b for i, a in enumerate(drawn) for b in drawn[:i])
+
+
 def test_all_is_both_in_proportion(task):
     size = {d: len(task.tokens[f"{d}_train"]) for d in ("retain", "forget")}
     share = size["forget"] / sum(size.values())

@@ -293,15 +293,13 @@ def test_eval_relearn_is_the_attack_of_the_stories(home, monkeypatch):
         [direct[s]["forget"] for s in (2, 4)], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(t, marks=pytest.mark.xfail(t == "language", reason="settings are not here yet"))
-    for t in data.TASKS])
+@pytest.mark.parametrize("name", list(data.TASKS))
 def test_every_task_suits_every_script(name):
     """No knob is left on auto that a script needs, and the values pass the knobs' own checks."""
     settings = data.module(name).SETTINGS[name]
     needed = {"attack": (judges.Attack, ["lrs", "attack_steps", "attack_rows"]),
-              "train": (train.Config, ["n_layer", "n_head", "n_embd", "batch_size", "steps", "lr",
-                                       "muon_lr"]),
+              "train": (train.Config, ["n_layer", "n_head", "n_embd", "batch_size", "steps",
+                                       "filtered_steps", "lr", "muon_lr"]),
               "undo": (undo.Config, ["alphas", "steps", "batch_size", "lr", "muon_lr",
                                      "check_every"])} | {
         method: (unlearn.Config, ["steps", "lr", "batch_size"]) for method in unlearn.LOSSES}

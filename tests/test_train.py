@@ -334,6 +334,15 @@ def test_hooks():
     assert unchanged == {"blocks.0.mlp.up.weight", "blocks.1.mlp.up.weight"}
 
 
+def test_a_lost_run_ends_soon():
+    """The loss is looked at now and then, though nothing is evaluated before the end."""
+    steps = []
+    with pytest.raises(BadInput, match="nan at step "):
+        fit(tiny(), lambda m, step: steps.append(step) or on_rows(m, step) * (
+            math.nan if step == 4 else 1), CFG, 500, 0.01)
+    assert len(steps) <= 50
+
+
 @pytest.mark.parametrize("at", [0, 4, 7])
 def test_loss_that_is_not_finite(at, tmp_path, task):
     """The run ends before the next evaluation, and nothing is saved."""

@@ -237,6 +237,15 @@ def test_half_of_a_batch_each(cfg, task, monkeypatch):
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("method", list(unlearn.LOSSES))
+def test_unlearning_starts_from_base(method, cfg, task):
+    """At rate 0 it stays there."""
+    base = small(task)
+    cfg = dataclasses.replace(cfg, method=method, lr=0.0, steps=1)
+    model, _ = unlearn.unlearn(cfg, task, *base, *small(task, 5))
+    assert same(weights(model), weights(base[0]))
+
+
 def test_a_block_that_is_not_there(cfg, task):
     with pytest.raises(BadInput, match="--layer=2: the model has 1 blocks"):
         unlearn.unlearn(dataclasses.replace(cfg, method="rmu", layer=2), task, *small(task))
@@ -316,8 +325,7 @@ def pupil(scores, higher=True):
     said = iter(scores)
     return SimpleNamespace(
         name="arithmetic", device=torch.device("cpu"), block_size=T, higher_is_better=higher,
-        batch=lambda split, size, step, seed: rows((1, split == "all", step, seed).__hash__() % 999,
-                                                   size),
+        batch=lambda split, size, step, seed: {"all": rows(100 * seed + step, size)}[split],
         score=lambda model, domains=(), quick=False: {"retain": next(said)})
 
 
@@ -343,6 +351,17 @@ def test_distil_that_does_not_get_there(capsys):
     record = undo.distil(lively(1), lively(0), pupil([0.8, 0.1, 0.2, 0.3]), cfg, "student")
     assert record["steps"] == 7 and [h["step"] for h in record["history"]] == [3, 6, 7]
     assert "student: stopped after 7 steps at retain 0.300" in capsys.readouterr().out
+
+
+def test_distillation_is_forward_kl(float32):
+    """KL(teacher || student), on the mix; the first step's loss is that of the start."""
+    student, teacher = lively(1), lively(0)
+    idx = rows(0, 4)[0]
+    with torch.no_grad():
+        expected = kl_in_loops(teacher(idx), student(idx))
+    record = undo.distil(student, teacher, pupil([1.0, 1.0]), dataclasses.replace(DISTIL, steps=1),
+                         "student")
+    assert record["history"][0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_distillation_distils():
