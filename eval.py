@@ -9,9 +9,9 @@ Robustness is what survives an attacker who fine-tunes the model (Lee et al. 202
 from dataclasses import dataclass
 
 from data.knobs import BadInput, knob
+from data.report import figure, table, write_rows
 from model import GPT
-from train import (Common, autocast, figure, fill, fit, load, open_task, path_of, run, table,
-                   write_rows)
+from train import Common, autocast, fill, fit, load, open_task, path_of, run
 
 
 @dataclass
@@ -98,24 +98,27 @@ def draw_relearning(ax, task, curves):
 
 
 def judge_score(cfg, task, model):
-    rows = [{"model": cfg.model} | task.score(model)]
-    columns = {k: k for k in rows[0] if k != "model"}
-    table([{"figure": k, "value": rows[0][k]} for k in columns], {"figure": cfg.model, "value": ""})
-    write_rows("score", cfg, rows)
+    with autocast(cfg):
+        figures = task.score(model)
+    table([{"figure": k, "value": v} for k, v in figures.items()],
+          {"figure": cfg.model, "value": ""})
+    write_rows("score", cfg, task, [{"model": cfg.model} | figures])
 
 
 def judge_relearn(cfg, task, model):
-    before = task.score(model, quick=True)
+    with autocast(cfg):
+        before = task.score(model, quick=True)
     result = relearn(model, task, cfg, cfg.model)
     curve = {0: before | {"lr": None}} | result["worst"]
     rows = [{"model": cfg.model, "attack": cfg.attack, "step": step} | at
             for step, at in curve.items()]
     table(rows, {"step": "step", "forget": "forget", "retain": "retain", "lr": "worst rate"})
-    write_rows("relearn", cfg, rows)
+    write_rows("relearn", cfg, task, rows)
     with figure("relearn", cfg, 1) as axes:
         if axes is not None:
-            lines = {f"{cfg.model}, rate {lr:g}": {0: before["forget"]} | {s: p["forget"] for s, p in
-                     points.items()} for lr, points in result["curves"].items()}
+            lines = {f"{cfg.model}, rate {lr:g}":
+                     {0: before["forget"]} | {step: at["forget"] for step, at in points.items()}
+                     for lr, points in result["curves"].items()}
             draw_relearning(axes[0], task, lines)
 
 
@@ -125,7 +128,8 @@ def judge_sample(cfg, task, model):
     if room < 1:
         raise BadInput(f"--prompt has {len(prompt) - 1} tokens; this model reads "
                        f"{model.config.block_size - 2} at most")
-    new = model.generate([prompt], min(cfg.tokens, room), cfg.temperature, task.end, cfg.seed)
+    with autocast(cfg):
+        new = model.generate([prompt], min(cfg.tokens, room), cfg.temperature, task.end, cfg.seed)
     text = task.tokenizer.decode([i for i in new[0].tolist() if i != task.end])
     print(cfg.prompt + text)
 
@@ -134,9 +138,9 @@ def main(cfg):
     task = open_task(cfg)
     cfg = fill(cfg, task, "attack")
     model, _ = load(path_of(cfg.model, cfg), task)
-    with autocast(cfg):
-        {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample}[cfg.what](
-            cfg, task, model)
+    task.block_size = model.config.block_size         # judged on rows as long as it reads
+    {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample}[cfg.what](
+        cfg, task, model)
 
 
 if __name__ == "__main__":

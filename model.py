@@ -118,7 +118,7 @@ class KVCache:
         """Makes room for T more columns; returns their positions and builds the attention mask."""
         rows = self.columns[self.length:self.length + T]
         seen = self.columns <= rows[:, None]                                  # (T, S): no future
-        real = self.columns >= self.pad[:, None, None]                        # (B, 1, S): no padding
+        real = self.columns >= self.pad[:, None, None]                      # (B, 1, S): no padding
         itself = self.columns == rows[:, None]         # a padding row sees itself: no empty softmax
         self.mask = ((seen & real) | itself)[:, None]                         # (B, 1, T, S)
         self.length += T
@@ -138,10 +138,11 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding((config.vocab_size + 63) // 64 * 64, config.n_embd)  # tied: also the output
+        self.wte = nn.Embedding((config.vocab_size + 63) // 64 * 64, config.n_embd)   # and output
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         half = config.n_embd // config.n_head // 2
-        angle = torch.outer(torch.arange(config.block_size), 10000.0 ** -(torch.arange(half) / half))
+        speed = 10000.0 ** -(torch.arange(half) / half)
+        angle = torch.outer(torch.arange(config.block_size), speed)
         self.register_buffer("cos", angle.cos()[:, None], persistent=False)           # (T, 1, hs/2)
         self.register_buffer("sin", angle.sin()[:, None], persistent=False)
         self.init_weights()
@@ -196,10 +197,12 @@ class GPT(nn.Module):
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and no empty ones")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         B, longest = len(prompts), max(len(p) for p in prompts)
         if longest + max_new_tokens > self.config.block_size:
-            raise ValueError(f"prompt of {longest} and answer of {max_new_tokens} tokens do not fit "
-                             f"block_size {self.config.block_size}")
+            raise ValueError(f"prompt of {longest} and answer of {max_new_tokens} tokens do not "
+                             f"fit block_size {self.config.block_size}")
         device = self.wte.weight.device
         pad = torch.tensor([longest - len(p) for p in prompts], device=device)
         idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -210,7 +213,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             x = self.residuals(idx, cache)[-1][:, -1]          # only the last column is unembedded
             logits = self.unembed(x).float()                                            # (B, V)
-            if temperature == 0:
+            if temperature < 1e-3:                     # so near to greedy that dividing overflows
                 new = logits.argmax(-1)
             else:
                 new = torch.multinomial((logits / temperature).softmax(-1), 1,
@@ -238,7 +241,7 @@ def write_model(path, model, made_with, record):
 
 
 def read_model(path, device="cpu"):
-    """(GPT, the dict that write_model wrote). ValueError, in one line, if the file is no such thing."""
+    """(GPT, the dict that write_model wrote). ValueError, in one line, if it is no such file."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing: train.py, unlearn.py and undo.py make models")
     content = Path(path).read_bytes()
@@ -252,5 +255,6 @@ def read_model(path, device="cpu"):
         model.load_state_dict(checkpoint["model"])
         checkpoint["made_with"]["task"]
     except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a model of this project ({type(error).__name__})") from None
+        raise ValueError(f"{path} is not a model of this project "
+                         f"({type(error).__name__})") from None
     return model, checkpoint

@@ -14,17 +14,20 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
-                                      sdpa_flop_count)
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from tqdm import tqdm
 
 import data
 from data.knobs import BadInput, command_line, knob
+from data.report import figure, table, write_rows
 from model import GPT, GPTConfig, read_model, write_model
 
 say_once = cache(print)
@@ -36,16 +39,18 @@ say_once = cache(print)
 class Common:
     """Knobs that every script has."""
     task: str = knob("arithmetic", "what to learn and to forget", choices=list(data.TASKS))
-    seed: int = knob(0, "weights, batches and noise are functions of it", 0)
-    device: str = knob("auto", "auto takes the best there is", choices=["auto", "cuda", "mps", "cpu"])
+    seed: int = knob(0, "weights, batches and noise are functions of it", 0, 2**31)
+    device: str = knob("auto", "auto takes the best there is",
+                       choices=["auto", "cuda", "mps", "cpu"])
     compile: bool | None = knob(None, "torch.compile; auto: on CUDA, and where it pays on a CPU")
     out: str = knob("out", "models, rows and pictures go to OUT/TASK/")
-    data_dir: str | None = knob(None, "where tokenised text is kept (auto: data/ beside the scripts)")
+    data_dir: str | None = knob(None, "where tokenised text is kept (auto: data/ of this checkout)")
     source: str | None = knob(None, "real stories: a file or URL (auto: download TinyStories)")
     source2: str | None = knob(None, "bilingual: file or URL of the language to forget")
     stories: int | None = knob(None, "most stories to take from a source", 20)
     words: float | None = knob(None, "arithmetic: share of word problems", 0, 1)
-    heldout_pairs: float | None = knob(None, "arithmetic: share of operand pairs never shown", 0, .5)
+    heldout_pairs: float | None = knob(None, "arithmetic: share of operand pairs never shown",
+                                        0, 0.5)
     block_size: int | None = knob(None, "T, tokens in a row", 8)
     n_layer: int | None = knob(None, "blocks", 1)
     n_head: int | None = knob(None, "attention heads", 1)
@@ -59,7 +64,7 @@ class Config(Common):
     filtered_steps: int | None = knob(None, "pretraining steps of the filtered model: enough to "
                                       "be as good as base on retain data", 1)
     lr: float | None = knob(None, "AdamW's rate (the embedding)", 0, 1)
-    muon_lr: float | None = knob(None, "Muon's rate (matrices of the blocks); 0: AdamW for all", 0, 1)
+    muon_lr: float | None = knob(None, "Muon's rate (the blocks' matrices); 0: AdamW for all", 0, 1)
     name: str = knob("both", "which model to make", choices=["both", "base", "filtered"])
 
 
@@ -72,7 +77,7 @@ def run(main, config, story):
     except OSError as error:
         sys.exit(complain(error, 2))
     except KeyboardInterrupt:
-        sys.exit(complain("interrupted; models already made are kept, run the same command again", 130))
+        sys.exit(complain("interrupted; models made are kept, run the same command again", 130))
 
 
 def complain(message, status):
@@ -106,7 +111,8 @@ def hardware(cfg):
     cpu      with bf16 instructions     bfloat16                     if the run is long enough
     cpu      others                     float32                      if the run is long enough
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     kind = next(k for k in there if there[k]) if cfg.device == "auto" else cfg.device
     if not there[kind]:
         raise BadInput(f"--device={kind}: this machine, or this build of torch, has none; "
@@ -310,7 +316,12 @@ def obtain(name, cfg, task, made_with, make):
 
 def open_task(cfg):
     knobs = {k: getattr(cfg, k) for k in ("source", "source2", "stories", "words", "heldout_pairs")}
-    return data.load(cfg.task, cfg.data_dir, cfg.block_size, hardware(cfg)[0], **knobs)
+    task = data.load(cfg.task, cfg.data_dir, cfg.block_size, hardware(cfg)[0], **knobs)
+    folder = Path(cfg.out) / cfg.task               # a bad --out is noticed now, not after training
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"--out={cfg.out}: cannot write in {folder}")
+    return task
 
 
 def new_model(cfg, task):
@@ -327,15 +338,15 @@ def new_model(cfg, task):
 def pretrain(name, cfg, task):
     """base learns from retain and forget data; filtered, the gold standard, from retain alone.
 
-    filtered trains until it is as good as base on retain data: what retraining with perfect labels
-    costs. That takes more retain rows than base saw, which learns from the forget data as well.
+    filtered_steps are set so that it is as good as base on retain data: what retraining with
+    perfect labels costs. It takes more retain rows than base sees, which learns from both.
     """
     cfg = fill(cfg, task, "train")
     split = "all" if name == "base" else "retain"
     steps = cfg.steps if name == "base" else cfg.filtered_steps
-    made_with = {k: getattr(cfg, k) for k in ("seed", "block_size", "n_layer", "n_head", "n_embd",
-                                              "batch_size", "lr", "muon_lr")}
-    made_with |= {"split": split, "steps": steps}
+    made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
+                                              "lr", "muon_lr")}
+    made_with |= {"block_size": task.block_size, "split": split, "steps": steps}
 
     def make():
         model = new_model(cfg, task)
@@ -344,64 +355,17 @@ def pretrain(name, cfg, task):
             return model(*task.batch(split, cfg.batch_size, step, cfg.seed))
 
         record = fit(model, loss_fn, cfg, steps, cfg.lr, cfg.muon_lr, name=name, decay=0.5,
-                     tokens=cfg.batch_size * task.block_size, evaluate_at=range(0, steps, max(steps // 40, 1)),
+                     tokens=cfg.batch_size * task.block_size,
+                     evaluate_at=range(0, steps, max(steps // 40, 1)),
                      evaluate=lambda: task.score(model, ("retain",), quick=True))
         return model, record
 
     return obtain(name, cfg, task, made_with, make)
 
 
-# ---------------------------------------------------------------------------------------------
-# what every story leaves: a table, JSON rows, a picture
-
-
-def table(rows, columns):
-    """Prints dicts as one aligned table. columns: {key: header}; floats get three decimals."""
-    def text(value):
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-    cells = [list(columns.values())] + [[text(r.get(k)) for k in columns] for r in rows]
-    width = [max(map(len, column)) for column in zip(*cells)]
-    for i, row in enumerate(cells):
-        print("  ".join(c.rjust(w) if j else c.ljust(w) for j, (c, w) in enumerate(zip(row, width))))
-        if i == 0:
-            print("  ".join("-" * w for w in width))
-
-
-def write_rows(script, cfg, rows):
-    """OUT/TASK/SCRIPT.json: {"config", "rows"}."""
-    path = Path(cfg.out) / cfg.task / f"{script}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.write(path, json.dumps({"config": dataclasses.asdict(cfg), "rows": rows}, indent=1).encode())
-    print(f"rows: {path}")
-
-
-@contextmanager
-def figure(script, cfg, panels):
-    """Yields `panels` axes and saves OUT/TASK/SCRIPT.png; without matplotlib, None and one line."""
-    try:
-        import matplotlib
-    except ImportError:
-        yield None
-        print("picture: none, pip install matplotlib draws it")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    # Okabe and Ito's palette, told apart by colour-blind readers
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-    with pyplot.rc_context({"axes.prop_cycle": matplotlib.cycler(color=colours), "font.size": 11,
-                            "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}):
-        drawing, axes = pyplot.subplots(1, panels, figsize=(6.5 * panels, 4.8), squeeze=False,
-                                        layout="constrained")
-        yield axes[0]
-        path = Path(cfg.out) / cfg.task / f"{script}.png"
-        drawing.savefig(path, dpi=130)
-        pyplot.close(drawing)
-    print(f"picture: {path}")
-
-
 def main(cfg):
     task = open_task(cfg)
+    cfg = fill(cfg, task, "train")
     rows = []
     for name in ("base", "filtered") if cfg.name == "both" else (cfg.name,):
         model, record = pretrain(name, cfg, task)
@@ -409,7 +373,7 @@ def main(cfg):
                 rows.append({"model": name} | task.score(model)
                         | {"flops": record["flops"], "history": record["history"]})
     table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
-    write_rows("train", cfg, rows)
+    write_rows("train", cfg, task, rows)
     with figure("train", cfg, 2) as axes:
         if axes is not None:
             for row in rows:

@@ -16,10 +16,20 @@ import torch
 import train
 import unlearn
 from data.knobs import knob
+from data.report import figure, table, write_rows
 from eval import draw_relearning, relearn, robustness, within
 from model import GPT
-from train import (autocast, common, figure, fill, fit, identity, obtain, open_task, pretrain,
-                   run, table, write_rows)
+from train import (
+    autocast,
+    common,
+    fill,
+    fit,
+    identity,
+    obtain,
+    open_task,
+    pretrain,
+    run,
+)
 from unlearn import kl
 
 
@@ -71,8 +81,8 @@ def distil(student, teacher, task, cfg, name):
             target = teacher(idx)
         return kl(target, model(idx))
 
-    record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, frozen=(teacher,),
-                 tokens=cfg.batch_size * task.block_size,
+    record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name,
+                 frozen=(teacher,), tokens=cfg.batch_size * task.block_size,
                  evaluate=lambda: task.score(student, ("retain",), quick=True),
                  evaluate_at=range(0, cfg.steps, cfg.check_every),
                  stop=lambda at: within(at["retain"], goal, cfg.tolerance, task))
@@ -115,7 +125,8 @@ def story(cfg, task):
     models = {"base": pretrain("base", pretraining, task),
               "filtered": pretrain("filtered", pretraining, task)}
     given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(unlearn.Attack)}
-    post_hoc = unlearn.Config(**given, method=cfg.method, lr=cfg.unlearn_lr, steps=cfg.unlearn_steps)
+    post_hoc = unlearn.Config(**given, method=cfg.method, lr=cfg.unlearn_lr,
+                              steps=cfg.unlearn_steps)
     teacher = unlearn.unlearn(post_hoc, task, *models["base"])
     models[cfg.method] = teacher
     models["oracle"] = unlearn.unlearn(unlearn.Config(**given, method="oracle"), task,
@@ -193,7 +204,7 @@ def draw(axes, rows, task, cfg, step):
 
 def main(cfg):
     task = open_task(cfg)
-    cfg = fill(fill(cfg, task, "attack"), task, "undo")
+    cfg = fill(fill(fill(cfg, task, "attack"), task, "undo"), task, "train")
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
@@ -204,7 +215,7 @@ def main(cfg):
           | {f"relearned {s}": f"after {s}" for s in shown}
           | {f"robustness {step}": f"robust@{step}", "compute_pct": "compute %",
              "compute_pct_matched": "matched %"})
-    write_rows("undo", cfg, rows)
+    write_rows("undo", cfg, task, rows)
     with figure("undo", cfg, 2) as axes:
         if axes is not None:
             draw(axes, rows, task, cfg, step)

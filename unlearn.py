@@ -14,14 +14,26 @@ import torch.nn.functional as F
 
 import train
 from data.knobs import BadInput, knob
+from data.report import figure, table, write_rows
 from eval import Attack, draw_relearning, relearn, within
 from model import GPT
-from train import (autocast, common, figure, fill, fit, identity, obtain, open_task, pretrain, run,
-                   table, write_rows)
+from train import (
+    autocast,
+    common,
+    fill,
+    fit,
+    identity,
+    obtain,
+    open_task,
+    pretrain,
+    run,
+)
+
 
 @dataclass
 class Config(Attack):
-    method: str = knob("maxent", "which loss", choices=["maxent", "graddiff", "rmu", "oracle", "finetune"])
+    method: str = knob("maxent", "which loss",
+                       choices=["maxent", "graddiff", "rmu", "oracle", "finetune"])
     steps: int | None = knob(None, "unlearning steps", 1)
     batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2)
     lr: float | str | None = knob(None, "AdamW's rate, or sweep: the most forgetting whose retain "
@@ -64,7 +76,8 @@ def rmu(model, forget, retain, reference, cfg):
     """
     layer = cfg.layer or (model.config.n_layer + 1) // 2
     generator = torch.Generator().manual_seed(cfg.seed)
-    u = F.normalize(torch.rand(model.config.n_embd, generator=generator), dim=0).to(forget[0].device)
+    u = torch.rand(model.config.n_embd, generator=generator).to(forget[0].device)
+    u = F.normalize(u, dim=0)
     with torch.no_grad():
         h0 = reference.residuals(retain[0])[layer].float()
         length = h0.norm(dim=-1).mean()
@@ -96,12 +109,13 @@ def sweep(cfg, task, base, attempt):
 
     All attempts are paid for: the record's FLOPs are their sum.
     """
-    with torch.no_grad(), autocast(cfg):
+    with autocast(cfg):
         retain = task.score(base, ("retain",), quick=True)["retain"]
-        tried = []
-        for lr in cfg.sweep:
-            model, record = attempt(lr)
-            kept = within(record["history"][-1]["retain"], retain, 0.02, task)
+    tried = []
+    for lr in cfg.sweep:
+        model, record = attempt(lr)              # outside autocast: fit() has its own
+        kept = within(record["history"][-1]["retain"], retain, 0.02, task)
+        with autocast(cfg):
             tried.append((kept, task.loss(model, "forget"), lr, model, record))
     kept, forget_loss, lr, model, record = max(tried, key=lambda t: t[:2])
     print(f"sweep: rate {lr:g}, forget loss {forget_loss:.2f}" + (
@@ -127,9 +141,10 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
     def attempt(lr):
         model = GPT(base.config).to(task.device)
         model.load_state_dict(base.state_dict())
-        return model, fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
-                          tokens=2 * half * task.block_size, frozen=(reference,),
-                          evaluate=lambda: task.score(model, quick=True))
+        record = fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
+                     tokens=2 * half * task.block_size, frozen=(reference,),
+                     evaluate=lambda: task.score(model, quick=True))
+        return model, record
 
     def make():
         model, record = sweep(cfg, task, base, attempt) if cfg.lr == "sweep" else attempt(cfg.lr)
@@ -137,8 +152,10 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
             record["flops"] += filtered_record["flops"]
         return model, record
 
-    made_with = {k: getattr(cfg, k) for k in ("method", "steps", "lr", "batch_size", "seed",
-                                              "sweep", "retain_weight", "layer", "steer")}
+    used = ["method", "steps", "lr", "batch_size", "seed"]
+    used += ["sweep"] * (cfg.lr == "sweep") + ["layer", "steer"] * (cfg.method == "rmu")
+    used += ["retain_weight"] * (cfg.method in ("maxent", "graddiff", "rmu"))
+    made_with = {k: getattr(cfg, k) for k in used}
     made_with["base"] = identity(base_record["made_with"])
     if cfg.method == "oracle":
         made_with["filtered"] = identity(filtered_record["made_with"])
@@ -147,7 +164,7 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
 
 def main(cfg):
     task = open_task(cfg)
-    cfg = fill(cfg, task, "attack")
+    cfg = fill(fill(fill(cfg, task, "attack"), task, cfg.method), task, "train")
     pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
                                filtered_steps=cfg.filtered_steps)
     base = pretrain("base", pretraining, task)
@@ -163,7 +180,7 @@ def main(cfg):
     flat = [row | row["relearned"] for row in rows]
     table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
           | {str(step): f"after {step}" for step in cfg.attack_steps})
-    write_rows("unlearn", cfg, rows)
+    write_rows("unlearn", cfg, task, rows)
     with figure("unlearn", cfg, 1) as axes:
         if axes is not None:
             draw_relearning(axes[0], task, {row["model"]: {0: row["forget"]} | {

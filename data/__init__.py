@@ -1,7 +1,7 @@
 """Tasks. data.load(name) gives a Task: a tokenizer, batches, and a judge.
 
 A task is a file in this folder with
-  SETTINGS              what suits it: model size, steps, rates (a script's knob set to auto takes these)
+  SETTINGS              what suits it: model size, steps, rates (for knobs set to auto)
   KNOBS                 the load() arguments that shape its text, with their defaults
   documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   score(model, task, domains, quick) what a model knows: {"retain": .., "forget": .., finer figures}
@@ -111,9 +111,14 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
                            + (f", which knows {', '.join(mod.KNOBS)}" if mod.KNOBS else ""))
     asked = {"code": sha256(mod.__file__)}                        # edit the task: new text
     asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
+    least = mod.SETTINGS[name]["least_block_size"]
+    if block_size and block_size < least:
+        raise BadInput(f"--block_size={block_size}: {name} needs rows of at least {least} tokens")
     folder = Path(folder or FOLDER) / name
     meta = read_meta(folder)
     for knob in ("source", "source2"):
+        if asked.get(knob) == "":
+            raise BadInput(f"--{knob} is empty: give a path or a URL")
         if asked.get(knob) and "://" not in asked[knob]:
             asked[knob] = str(Path(asked[knob]).resolve())        # one file, one name
         elif knob in asked and asked[knob] is None and meta:
@@ -122,7 +127,7 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
         meta = prepare(name, folder, asked, block_size)
     for file, facts in meta["files"].items():
         if sha256(folder / file) != facts["sha256"]:
-            raise BadInput(f"{folder / file} is damaged (its checksum is not the one in meta.json): "
+            raise BadInput(f"{folder / file} is damaged (its checksum does not fit): "
                            f"delete the folder {folder} to make it again")
     return Task(name, folder, meta, block_size, device)
 

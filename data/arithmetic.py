@@ -13,7 +13,7 @@ from data.knobs import BadInput
 
 higher_is_better = True                # a score is greedy accuracy
 SETTINGS = {"arithmetic": dict(
-    block_size=64, vocab_size=768,
+    block_size=64, vocab_size=768, least_block_size=48,
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=64, steps=1100,
                filtered_steps=900, lr=6e-3, muon_lr=0.03),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
@@ -22,7 +22,8 @@ SETTINGS = {"arithmetic": dict(
     rmu=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
     oracle=dict(steps=100, lr=1e-3, batch_size=64, retain_weight=1.0),
     finetune=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
-    undo=dict(alphas=[0.6, 0.7, 0.8], steps=800, batch_size=64, lr=6e-3, muon_lr=0.01, check_every=5))}
+    undo=dict(alphas=[0.6, 0.7, 0.8], steps=800, batch_size=64, lr=6e-3, muon_lr=0.01,
+              check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
          "heldout_pairs": 0.04,        # share of operand pairs kept out of training
          "problems": 60_000}           # training problems an operation
@@ -180,7 +181,7 @@ def split_pairs(operation, heldout_pairs):
     """(pairs for training, pairs never trained on), split at a fixed seed."""
     shuffled = pairs(operation)
     random.Random(f"pairs {operation}").shuffle(shuffled)
-    n = round(heldout_pairs * len(shuffled))
+    n = max(round(heldout_pairs * len(shuffled)), heldout_pairs > 0)
     return shuffled[n:], shuffled[:n]
 
 
@@ -212,10 +213,11 @@ def documents(name, folder, words, heldout_pairs, problems):
             docs = []
             for operation in operations:
                 known = split_pairs(operation, heldout_pairs)[0]
+                seen = TEMPLATES[operation][:TRAINING_TEMPLATES]
                 for _ in range(n):
                     a, b = rng.choice(known)
                     question, answer = (
-                        word_problem(operation, a, b, rng, TEMPLATES[operation][:TRAINING_TEMPLATES])
+                        word_problem(operation, a, b, rng, seen)
                         if rng.random() < words else equation(operation, a, b))
                     docs.append(question + answer)
             rng.shuffle(docs)
@@ -223,7 +225,7 @@ def documents(name, folder, words, heldout_pairs, problems):
     return texts, {}
 
 
-def exam(operation, form, n, heldout, words, heldout_pairs):
+def exam(operation, form, n, heldout, heldout_pairs):
     """n fixed (question, answer) problems of an operation, never two runs differing.
 
     form      equations | words (with templates that training never shows)
@@ -269,7 +271,7 @@ def score(model, task, domains=("retain", "forget"), quick=False):
             got = {}
             for operation in DOMAINS[domain]:
                 for form in forms:
-                    problems = exam(operation, form, 100 if quick else 400, heldout, words,
+                    problems = exam(operation, form, 100 if quick else 400, heldout,
                                     heldout_pairs)
                     got[f"{operation} {form}"] = accuracy(model, task, problems)
             if not quick and not heldout:

@@ -30,8 +30,8 @@ def knob(default, why, low=None, high=None, choices=None):
 
 
 def convert(text, kind):
-    """A command-line string as kind (a type, kind | None, or list[kind]); ValueError if it is not."""
-    if isinstance(kind, types.UnionType):                          # the first that fits: float | str
+    """A command-line string as kind (a type, kind | None, list[kind]); ValueError if it is not."""
+    if isinstance(kind, types.UnionType):                 # the first that fits: float | str
         if text == "auto":
             return None
         for option in typing.get_args(kind):
@@ -56,7 +56,9 @@ def show(value):
     """The inverse of convert."""
     if isinstance(value, list):
         return ",".join(map(show, value))
-    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "auto" if value is None else str(value)
 
 
 def check(name, value, choices, low, high):
@@ -64,7 +66,8 @@ def check(name, value, choices, low, high):
     for v in value if isinstance(value, list) else [value]:
         if choices and isinstance(v, str) and v not in choices:
             raise BadInput(f"--{name}={v}: choose from {', '.join(choices)}")
-        if isinstance(v, (int, float)) and (low is not None and v < low or high is not None and v > high):
+        if isinstance(v, (int, float)) and not (
+                (low is None or v >= low) and (high is None or v <= high)):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise BadInput(f"--{name}={v} must be {limits}")
 
@@ -81,8 +84,9 @@ def command_line(config, story, argv=None):
         about[f.name] = dict(f.metadata)
         why, choices = about[f.name].pop("why"), about[f.name]["choices"]
         default = getattr(config(), f.name)
-        parser.add_argument(f"--{f.name}", metavar=names[kinds[f.name]].split(" |")[0], help=(
-            f"{why}{' (' + ' | '.join(choices) + ')' if choices else ''} [{show(default)}]"))
+        text = f"{why}{' (' + ' | '.join(choices) + ')' if choices else ''} [{show(default)}]"
+        parser.add_argument(f"--{f.name}", metavar=names[kinds[f.name]].split(" |")[0],
+                            help=text.replace("%", "%%"))
 
     def refuse(message):
         raise BadInput(message)

@@ -42,7 +42,7 @@ def train(texts, vocab_size, name="task", progress=None):
         for pair in zip(word, word[1:]):
             pairs[pair] += weight[i]
             where[pair].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]          # stale entries are skipped when popped
+    heap = [(-n, pair) for pair, n in pairs.items()]         # stale entries are skipped when popped
     heapq.heapify(heap)
 
     spell = [bytes([b]) for b in range(256)]                  # rank -> token
@@ -106,6 +106,7 @@ def load(path):
         saved = json.loads(path.read_text())
         if saved["pattern"] != PATTERN:
             raise ValueError("another splitting pattern")
-        return encoding([base64.b64decode(t, validate=True) for t in saved["tokens"]], saved["name"])
+        tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
+        return encoding(tokens, saved["name"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer of this project: {error}") from None

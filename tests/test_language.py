@@ -150,7 +150,8 @@ def test_velan_puts_the_verb_last_and_marks_case():
 
 
 def test_the_languages_share_no_word_and_one_world():
-    english, velan = ({w.lower() for s in stories(4) for w in re.findall(r"\w+", language.tell(s, x))}
+    english, velan = ({w.lower() for s in stories(4)
+                       for w in re.findall(r"\w+", language.tell(s, x))}
                       for x in ("english", "velan"))
     assert not english & velan
     names = language.NOUNS
@@ -174,7 +175,8 @@ def test_documents_are_the_same_every_time_and_no_story_is_told_twice():
     for domain in ("retain", "forget"):
         both = texts[f"{domain}_train"] + texts[f"{domain}_val"]
         assert len(set(both)) == len(both)
-    english = {language.tell(s, "english"): language.tell(s, "velan") for s in stories("retain_val")}
+    english = {language.tell(s, "english"): language.tell(s, "velan")
+               for s in stories("retain_val")}
     assert texts["retain_val"][0] in english                         # the split is the seed
     assert not set(english.values()) & set(texts["forget_val"])      # and no translation is there
 

@@ -90,23 +90,21 @@ def test_bilingual(tmp_path):
 
 def test_score(tmp_path):
     task = data.load("tinystories", folder=tmp_path, source=save(tmp_path / "s.txt", tell(200)))
-    model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16)).train()
+    model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
     calls = []
-    model.register_forward_pre_hook(lambda model, inputs: calls.append(
-        (model.training, len(inputs[0]))))
+    model.register_forward_pre_hook(lambda model, inputs: calls.append(len(inputs[0])))
     task.tokens["retain_train"] = task.tokens["forget_train"] = None      # not needed: val only
     before = task.score(model)
-    assert calls == [(False, 32)] * 16 and model.training
+    assert calls == [32] * 16
     assert before == task.score(model)
     calls.clear()
     quick = task.score(model, domains=("forget",), quick=True)
-    assert set(quick) == {"forget"} and calls == [(False, 32)]
+    assert set(quick) == {"forget"} and calls == [32]
     x, y = task.batch("forget", 32, 0, 0, "val")
     assert quick["forget"] == pytest.approx(model(x, y).item())
     with torch.no_grad():
         model.wte.weight.zero_()                     # all tokens alike: the loss is log V
-    figures = task.score(model.eval())
-    assert not model.training
+    figures = task.score(model)
     for domain in ("retain", "forget"):
         tokens = task.tokens[f"{domain}_val"].tolist()
         size = len(task.tokenizer.decode(tokens).replace(END, "").encode())

@@ -271,7 +271,6 @@ def test_sweep(kept, chosen, higher, cfg, capsys):
     assert ("no rate" in capsys.readouterr().out) == (not any(kept))
 
 
-@pytest.mark.xfail(strict=True, reason="sweep() trains inside torch.no_grad() and autocast")
 def test_sweep_for_true(cfg, task):
     """Each rate trains: the model chosen is the one that its rate alone gives."""
     base = small(task)

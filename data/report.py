@@ -1,0 +1,54 @@
+"""What every story leaves behind: a table for people, JSON rows for scripts, a picture."""
+import dataclasses
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from data import write
+
+
+def table(rows, columns):
+    """Prints dicts as one aligned table. columns: {key: header}; floats get three decimals."""
+    def text(value):
+        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    cells = [list(columns.values())] + [[text(r.get(k)) for k in columns] for r in rows]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    for i, row in enumerate(cells):
+        right = [cell.rjust(w) for cell, w in zip(row[1:], width[1:])]
+        print("  ".join([row[0].ljust(width[0]), *right]))
+        if i == 0:
+            print("  ".join("-" * w for w in width))
+
+
+def write_rows(script, cfg, task, rows):
+    """OUT/TASK/SCRIPT.json: {"config", "rows"}; auto knobs as they were resolved."""
+    path = Path(cfg.out) / cfg.task / f"{script}.json"
+    config = dataclasses.asdict(cfg) | {"block_size": task.block_size, "device": task.device.type}
+    config |= {k: v for k, v in task.made_with.items() if k in config}
+    write(path, json.dumps({"config": config, "rows": rows}, indent=1).encode())
+    print(f"rows: {path}")
+
+
+@contextmanager
+def figure(script, cfg, panels):
+    """Yields `panels` axes and saves OUT/TASK/SCRIPT.png; without matplotlib, None and one line."""
+    try:
+        import matplotlib
+    except ImportError:
+        yield None
+        print("picture: none, pip install matplotlib draws it")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    # Okabe and Ito's palette, told apart by colour-blind readers
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    with pyplot.rc_context({"axes.prop_cycle": matplotlib.cycler(color=colours), "font.size": 11,
+                            "axes.spines.top": False, "axes.spines.right": False,
+                            "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}):
+        drawing, axes = pyplot.subplots(1, panels, figsize=(6.5 * panels, 4.8), squeeze=False,
+                                        layout="constrained")
+        yield axes[0]
+        path = Path(cfg.out) / cfg.task / f"{script}.png"
+        drawing.savefig(path, dpi=130)
+        pyplot.close(drawing)
+    print(f"picture: {path}")
