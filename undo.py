@@ -81,7 +81,7 @@ def distil(student, teacher, task, cfg, name):
             target = teacher(idx)
         return kl(target, model(idx))
 
-    record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name,
+    record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.5,
                  frozen=(teacher,), tokens=cfg.batch_size * task.block_size,
                  evaluate=lambda: task.score(student, ("retain",), quick=True),
                  evaluate_at=range(0, cfg.steps, cfg.check_every),

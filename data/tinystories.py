@@ -21,7 +21,7 @@ from data.tokenizer import END
 SETTINGS = {name: dict(
     block_size=128, vocab_size=2048, least_block_size=16,     # T: half a story
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=1600,
-               filtered_steps=800, lr=6e-3, muon_lr=0.03),
+               filtered_steps=1300 if name == "tinystories" else 900, lr=6e-3, muon_lr=0.03),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
     maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=10.0),
     graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
