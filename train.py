@@ -90,9 +90,12 @@ def common(cfg):
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Common)}
 
 
-def fill(cfg, task, section):
-    """A copy of cfg in which auto knobs have the task's own values for the section."""
-    own = task.settings[section]
+def fill(cfg, task, section, prefix=""):
+    """A copy of cfg in which auto knobs have the task's own values for the section.
+
+    prefix   of the knobs' names, where a script has those of another: base_steps, unlearn_lr
+    """
+    own = {prefix + k: v for k, v in task.settings[section].items()}
     return dataclasses.replace(cfg, **{f.name: own[f.name] for f in dataclasses.fields(cfg)
                                        if getattr(cfg, f.name) is None and f.name in own})
 

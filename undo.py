@@ -204,7 +204,9 @@ def draw(axes, rows, task, cfg, step):
 
 def main(cfg):
     task = open_task(cfg)
-    cfg = fill(fill(fill(cfg, task, "attack"), task, "undo"), task, "train")
+    for section, prefix in (("attack", ""), ("undo", ""), (cfg.method, "unlearn_"),
+                            ("train", "base_"), ("train", "")):
+        cfg = fill(cfg, task, section, prefix)
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"

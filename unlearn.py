@@ -164,7 +164,8 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
 
 def main(cfg):
     task = open_task(cfg)
-    cfg = fill(fill(fill(cfg, task, "attack"), task, cfg.method), task, "train")
+    for section, prefix in (("attack", ""), (cfg.method, ""), ("train", "base_"), ("train", "")):
+        cfg = fill(cfg, task, section, prefix)
     pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
                                filtered_steps=cfg.filtered_steps)
     base = pretrain("base", pretraining, task)

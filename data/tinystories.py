@@ -19,7 +19,7 @@ from data.download import download
 from data.tokenizer import END
 
 SETTINGS = {name: dict(
-    block_size=128, vocab_size=2048, least_block_size=16,     # T: half a story
+    block_size=128, vocab_size=2048, least_block_size=8,     # T: half a story
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=1600,
                filtered_steps=1300 if name == "tinystories" else 900, lr=6e-3, muon_lr=0.03),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
