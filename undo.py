@@ -180,6 +180,7 @@ def summary(rows, cfg):
 def draw(axes, rows, task, cfg, step):
     """Left: relearning curves. Right: robustness at one attack step against compute."""
     names = list(dict.fromkeys(row["model"] for row in rows))
+
     def mean(name, figure):
         values = [figure(r) for r in rows if r["model"] == name]
         return None if None in values else statistics.mean(values)
@@ -193,9 +194,10 @@ def draw(axes, rows, task, cfg, step):
         points = [(x, 100 * y) for x, y in points]
         axes[1].plot(*zip(*points), marker="o", label="UNDO, by alpha")
         for name, point in zip(students, points):
-            axes[1].annotate(name.removeprefix("undo-"), point,
+            axes[1].annotate(name.replace("undo-", "alpha "), point,
                              textcoords="offset points", xytext=(6, -12))
-        axes[1].plot(0, 0, "s", color="#D55E00", markersize=9, label=f"{cfg.method} (unlearned)")
+        axes[1].plot(mean(cfg.method, lambda r: r["compute_pct"]), 0, "s", color="#D55E00",
+                     markersize=9, label=f"{cfg.method} (unlearned)")
         axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")
     axes[1].set(xlabel="compute after pretraining (% of retraining without the data)",
                 ylabel=f"robustness after {step} steps (%)", title="What robustness costs")

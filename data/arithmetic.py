@@ -17,12 +17,12 @@ SETTINGS = {"arithmetic": dict(
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=64, steps=1250,
                filtered_steps=1000, lr=6e-3, muon_lr=0.03),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    maxent=dict(steps=40, lr=1e-3, batch_size=64, retain_weight=10.0),
+    maxent=dict(steps=80, lr=1e-3, batch_size=64, retain_weight=20.0),
     graddiff=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=10.0),
     rmu=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
     oracle=dict(steps=100, lr=1e-3, batch_size=64, retain_weight=1.0),
     finetune=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
-    undo=dict(alphas=[0.6, 0.8], steps=500, batch_size=64, lr=6e-3, muon_lr=0.01,
+    undo=dict(alphas=[0.6, 0.8], steps=700, batch_size=64, lr=6e-3, muon_lr=0.01,
               check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
          "heldout_pairs": 0.04,        # share of operand pairs kept out of training

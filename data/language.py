@@ -21,7 +21,7 @@ from data.knobs import BadInput
 
 SETTINGS = {"language": dict(
     block_size=96, vocab_size=512, least_block_size=24,   # a story fits a row
-    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=800,
+    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=800,
                filtered_steps=500, lr=6e-3, muon_lr=0.03),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60, 80], attack_rows=16),
     maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=10.0),
