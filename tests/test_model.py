@@ -56,7 +56,9 @@ def slow_logits(gpt, idx, no_heads=(), no_units=()):
         for t in range(len(x)):
             heads = []
             for h in range(c.n_head):
-                part = lambda s, kind: qkv[s][kind * C + h * hs:kind * C + (h + 1) * hs]  # noqa: E731
+                def part(s, kind):
+                    return qkv[s][kind * C + h * hs:kind * C + (h + 1) * hs]
+
                 q = turn(rms(part(t, 0)), t)
                 scores = [math.exp(q @ turn(rms(part(s, 1)), s) / hs ** 0.5) for s in range(t + 1)]
                 y = sum(p / sum(scores) * part(s, 2) for s, p in enumerate(scores))
