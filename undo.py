@@ -42,7 +42,8 @@ class Config(unlearn.Attack):
                        choices=["maxent", "graddiff", "rmu", "finetune"])
     unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
-    steps: int | None = knob(None, "distillation steps, at most", 1)
+    steps: int | None = knob(None, "distillation steps, at most (distilled: twice as many); "
+                             "the rates fall over the second half", 1)
     batch_size: int | None = knob(None, "distillation: rows in a batch", 2)
     lr: float | None = knob(None, "distillation: AdamW's rate (the embedding)", 0, 1)
     muon_lr: float | None = knob(None, "distillation: Muon's rate (matrices); 0: AdamW", 0, 1)
@@ -101,12 +102,14 @@ def undo(alpha, cfg, task, teacher, teacher_record):
 
     def make():
         student = GPT(teacher.config).to(task.device)
+        room = cfg
         if alpha is None:
             student.init_weights(cfg.seed + 1)
+            room = dataclasses.replace(cfg, steps=2 * cfg.steps)        # it starts from nothing
         else:
             student.load_state_dict(teacher.state_dict())
             noise(student, alpha, cfg.beta, cfg.seed)
-        record = distil(student, teacher, task, cfg, name)
+        record = distil(student, teacher, task, room, name)
         record["flops"] += teacher_record["flops"]
         return student, record
 

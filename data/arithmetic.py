@@ -22,7 +22,7 @@ SETTINGS = {"arithmetic": dict(
     rmu=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
     oracle=dict(steps=100, lr=1e-3, batch_size=64, retain_weight=1.0),
     finetune=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
-    undo=dict(alphas=[0.6, 0.8], steps=700, batch_size=64, lr=6e-3, muon_lr=0.01,
+    undo=dict(alphas=[0.6, 0.8], steps=400, batch_size=64, lr=6e-3, muon_lr=0.01,
               check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
          "heldout_pairs": 0.04,        # share of operand pairs kept out of training

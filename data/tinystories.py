@@ -28,7 +28,7 @@ SETTINGS = {name: dict(
     rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
     oracle=dict(steps=150, lr=1e-3, batch_size=16, retain_weight=1.0),
     finetune=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
-    undo=dict(alphas=[0.6, 0.8], steps=600, batch_size=16, lr=6e-3, muon_lr=0.01, check_every=10))
+    undo=dict(alphas=[0.6, 0.8], steps=400, batch_size=16, lr=6e-3, muon_lr=0.01, check_every=10))
     for name in ("tinystories", "bilingual")}
 KNOBS = {"source": None,     # a path or URL; None: HOME
          "source2": None,    # bilingual only: the stories to forget
