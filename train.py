@@ -72,9 +72,7 @@ def run(main, config, story):
     """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
     try:
         main(command_line(config, story))
-    except BadInput as error:
-        sys.exit(complain(error, 2))
-    except OSError as error:
+    except (BadInput, OSError) as error:
         sys.exit(complain(error, 2))
     except KeyboardInterrupt:
         sys.exit(complain("interrupted; models made are kept, run the same command again", 130))
@@ -373,7 +371,7 @@ def main(cfg):
     for name in ("base", "filtered") if cfg.name == "both" else (cfg.name,):
         model, record = pretrain(name, cfg, task)
         with autocast(cfg):
-                rows.append({"model": name} | task.score(model)
+            rows.append({"model": name} | task.score(model)
                         | {"flops": record["flops"], "history": record["history"]})
     table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
     write_rows("train", cfg, task, rows)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-import train
 import unlearn
 from data.knobs import knob
 from data.report import figure, table, write_rows
@@ -21,20 +20,18 @@ from eval import draw_relearning, relearn, robustness, within
 from model import GPT
 from train import (
     autocast,
-    common,
     fill,
     fit,
     identity,
     obtain,
     open_task,
-    pretrain,
     run,
 )
 from unlearn import kl
 
 
 @dataclass
-class Config(unlearn.Attack):
+class Config(unlearn.AfterBase):
     alphas: list[float] | None = knob(None, "UNDO's noise: 0 leaves the teacher, 1 nothing of it",
                                       0, 1)
     beta: float = knob(0.1, "size of the noise beside Xavier's", 0)
@@ -49,8 +46,6 @@ class Config(unlearn.Attack):
     muon_lr: float | None = knob(None, "distillation: Muon's rate (matrices); 0: AdamW", 0, 1)
     tolerance: float = knob(0.05, "distil until retain is within this share of the teacher's", 0, 1)
     check_every: int | None = knob(None, "steps between looks at the student's retain score", 1)
-    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
-    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
     seeds: int = knob(1, "how many seeds, from --seed on; the later ones live in OUT/TASK/seedN", 1)
 
 
@@ -123,23 +118,21 @@ def undo(alpha, cfg, task, teacher, teacher_record):
 
 def story(cfg, task):
     """Makes every model, attacks it, and returns its rows (see README, Rows)."""
-    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
-                               filtered_steps=cfg.filtered_steps)
-    models = {"base": pretrain("base", pretraining, task),
-              "filtered": pretrain("filtered", pretraining, task)}
-    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(unlearn.Attack)}
+    base, filtered = unlearn.foundations(cfg, task)
+    models = {"base": base, "filtered": filtered}
+    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(unlearn.AfterBase)}
     post_hoc = unlearn.Config(**given, method=cfg.method, lr=cfg.unlearn_lr,
                               steps=cfg.unlearn_steps)
-    teacher = unlearn.unlearn(post_hoc, task, *models["base"])
+    teacher = unlearn.unlearn(post_hoc, task, *base)
     models[cfg.method] = teacher
     models["oracle"] = unlearn.unlearn(unlearn.Config(**given, method="oracle"), task,
-                                       *models["base"], *models["filtered"])
+                                       *base, *filtered)
     for alpha in cfg.alphas:
         models[f"undo-{alpha:g}"] = undo(alpha, cfg, task, *teacher)
     models["distilled"] = undo(None, cfg, task, *teacher)
 
     rows = []
-    gold = models["filtered"][1]
+    gold = filtered[1]
     for name, (model, record) in models.items():
         with autocast(cfg):
             before = task.score(model)

@@ -31,7 +31,14 @@ from train import (
 
 
 @dataclass
-class Config(Attack):
+class AfterBase(Attack):
+    """Knobs of every script that starts from base and compares with filtered."""
+    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
+    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
+
+
+@dataclass
+class Config(AfterBase):
     method: str = knob("maxent", "which loss",
                        choices=["maxent", "graddiff", "rmu", "oracle", "finetune"])
     steps: int | None = knob(None, "unlearning steps", 1)
@@ -42,8 +49,6 @@ class Config(Attack):
     retain_weight: float | None = knob(None, "weight of the retain term, w in the losses", 0)
     layer: int | None = knob(None, "rmu: the block whose output is steered (auto: the middle)", 1)
     steer: float = knob(4.0, "rmu: length of the steering vector, in lengths of the residual", 0)
-    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
-    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
 
 
 def kl(teacher_logits, logits):
@@ -162,14 +167,18 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
     return obtain(cfg.method, cfg, task, made_with, make)
 
 
+def foundations(cfg, task):
+    """(base, filtered), each a (model, record), from disk or made."""
+    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
+                               filtered_steps=cfg.filtered_steps)
+    return pretrain("base", pretraining, task), pretrain("filtered", pretraining, task)
+
+
 def main(cfg):
     task = open_task(cfg)
     for section, prefix in (("attack", ""), (cfg.method, ""), ("train", "base_"), ("train", "")):
         cfg = fill(cfg, task, section, prefix)
-    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
-                               filtered_steps=cfg.filtered_steps)
-    base = pretrain("base", pretraining, task)
-    filtered = pretrain("filtered", pretraining, task)
+    base, filtered = foundations(cfg, task)
     models = {"base": base, "filtered": filtered, cfg.method: unlearn(cfg, task, *base, *filtered)}
     rows = []
     for name, (model, record) in models.items():

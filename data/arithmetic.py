@@ -6,6 +6,7 @@ Every operation has 20 templates to train on and 10 that are only ever scored; t
 each list below. A small share of operand pairs never appears in training, in either form.
 """
 import random
+from functools import cache
 
 import torch
 
@@ -225,6 +226,7 @@ def documents(name, folder, words, heldout_pairs, problems):
     return texts, {}
 
 
+@cache
 def exam(operation, form, n, heldout, heldout_pairs):
     """n fixed (question, answer) problems of an operation, never two runs differing.
 

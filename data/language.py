@@ -144,13 +144,10 @@ def score(model, task, domains=("retain", "forget"), quick=False):
 
     {"retain": loss, "forget": loss, "retain_answers": 0..1, "forget_answers": 0..1}
     """
-    training = model.training
-    model.eval()
     figures = {domain: task.loss(model, domain, 32 if quick else 256) for domain in domains}
     if not quick:
         for domain in domains:
             figures[f"{domain}_answers"] = answers(model, task, LANGUAGE[domain])
-    model.train(training)
     return figures
 
 
