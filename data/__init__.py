@@ -54,6 +54,10 @@ class Task:
         self.tokens = {s: np.memmap(folder / f"{s}.bin", np.uint16, mode="r") for s in SPLITS}
         for split, tokens in self.tokens.items():
             enough(name, split, len(tokens), self.block_size)
+        self.starts = {s: np.flatnonzero(tokens[:-self.block_size] == self.end)
+                       for s, tokens in self.tokens.items()} if self.settings.get("aligned") else {}
+        for split, starts in self.starts.items():
+            enough(name, split, self.block_size + len(starts), self.block_size)
         retain, forget = (len(self.tokens[f"{d}_train"]) for d in ("retain", "forget"))
         self.forget_share = forget / (retain + forget)
 
@@ -61,7 +65,8 @@ class Task:
         """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
 
         split   retain | forget | all. A row never mixes domains; in `all` the first rows are
-                retain, the rest forget, in the proportion of the data.
+                retain, the rest forget, in the proportion of the data. Rows of short texts
+                (settings["aligned"]) begin where a text does: no question without its facts.
         part    train | val
         """
         if split == "all":
@@ -71,7 +76,8 @@ class Task:
             return tuple(torch.cat(pair) for pair in zip(*halves))
         tokens, T = self.tokens[f"{split}_{part}"], self.block_size
         rng = np.random.default_rng((seed, step, SPLITS.index(f"{split}_{part}")))
-        start = rng.integers(0, len(tokens) - T, size)
+        start = (rng.choice(self.starts[f"{split}_{part}"], size) if self.starts
+                 else rng.integers(0, len(tokens) - T, size))
         rows = torch.from_numpy(tokens[start[:, None] + np.arange(T + 1)].astype(np.int64))
         rows = rows.to(self.device)
         return rows[:, :-1], rows[:, 1:]

@@ -14,20 +14,20 @@ from data.knobs import BadInput
 
 higher_is_better = True                # a score is greedy accuracy
 SETTINGS = {"arithmetic": dict(
-    block_size=64, vocab_size=768, least_block_size=48,
-    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=64, steps=1250,
-               filtered_steps=1000, lr=6e-3, muon_lr=0.03),
+    block_size=64, vocab_size=768, least_block_size=48, aligned=True,
+    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=1500,
+               filtered_steps=1000, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    maxent=dict(steps=80, lr=1e-3, batch_size=64, retain_weight=20.0),
-    graddiff=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=10.0),
-    rmu=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
-    oracle=dict(steps=100, lr=1e-3, batch_size=64, retain_weight=1.0),
-    finetune=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
-    undo=dict(alphas=[0.6, 0.8], steps=400, batch_size=64, lr=6e-3, muon_lr=0.01,
+    maxent=dict(steps=80, lr=5e-4, batch_size=32, retain_weight=50.0),
+    graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
+    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    oracle=dict(steps=100, lr=1e-3, batch_size=32),
+    finetune=dict(steps=60, lr=1e-3, batch_size=32),
+    undo=dict(alphas=[0.6, 0.7], steps=300, batch_size=32, lr=6e-3, muon_lr=0.01,
               check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
          "heldout_pairs": 0.04,        # share of operand pairs kept out of training
-         "problems": 60_000}           # training problems an operation
+         "problems": 40_000}           # training problems an operation
 
 DOMAINS = {"retain": ("+", "-"), "forget": ("*", "/")}
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b,
@@ -63,7 +63,7 @@ There are {a} {o} in the {p}. {b} more arrive. In all?
 {n} found {a} {o} and {m} found {b}. Together?
 {m} counted {a} {o} in the {p}, later {b} more. Total?
 {n} has {a} {o}. {m} brings {b} more. How many now?
-The total of {a} {o} and {b} {o}?
+{n} adds {a} {o} and {b} {o}. Total?
 {n} saved {a} {o}, then gained {b} more. In all?
 {n} adds {b} {o} to {a} {o}. How many now?""",
     "-": """\
@@ -179,11 +179,19 @@ def pairs(operation):
 
 
 def split_pairs(operation, heldout_pairs):
-    """(pairs for training, pairs never trained on), split at a fixed seed."""
-    shuffled = pairs(operation)
+    """(pairs for training, pairs never trained on), split at a fixed seed.
+
+    A pair of + or * goes with its mirror: whoever saw 5 + 3 has seen 3 + 5.
+    """
+    together = {}
+    for a, b in pairs(operation):
+        same = (min(a, b), max(a, b)) if operation in "+*" else (a, b)
+        together.setdefault(same, []).append((a, b))
+    shuffled = list(together.values())
     random.Random(f"pairs {operation}").shuffle(shuffled)
     n = max(round(heldout_pairs * len(shuffled)), heldout_pairs > 0)
-    return shuffled[n:], shuffled[:n]
+    known, unknown = ([p for group in part for p in group] for part in (shuffled[n:], shuffled[:n]))
+    return known, unknown
 
 
 def equation(operation, a, b):

@@ -1,7 +1,7 @@
 """Two languages, one small world: keep the first language, forget the second.
 
 People walk between cities, take, drop and give a thing, and what they hold goes where they go.
-After every event comes a question about how things stand, and its answer:
+After every second event comes a question about how things stand, and its answer:
 
     English (retain)   Anna takes the ball in Rome. Anna goes from Rome to Cairo. Where is the ball?
                        In Cairo.
@@ -20,15 +20,15 @@ import random
 from data.knobs import BadInput
 
 SETTINGS = {"language": dict(
-    block_size=96, vocab_size=512, least_block_size=24,   # a story fits a row
+    block_size=96, vocab_size=512, least_block_size=24, aligned=True,   # a story fits a row
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=800,
                filtered_steps=500, lr=6e-3, muon_lr=0.03),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60, 80], attack_rows=16),
     maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=10.0),
     graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
     rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
-    oracle=dict(steps=150, lr=1e-3, batch_size=32, retain_weight=1.0),
-    finetune=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    oracle=dict(steps=150, lr=1e-3, batch_size=32),
+    finetune=dict(steps=60, lr=1e-3, batch_size=32),
     undo=dict(alphas=[0.6, 0.8], steps=500, batch_size=32, lr=6e-3, muon_lr=0.01, check_every=5))}
 KNOBS = {"stories": 20_000}                  # of each language, for training
 higher_is_better = False     # the score is a loss: nats per token
@@ -39,7 +39,7 @@ LANGUAGE = {"retain": "english", "forget": "velan"}
 PEOPLE = ["Anna", "Ben", "Clara", "David"]
 THINGS = ["ball", "key", "lamp", "book"]
 PLACES = ["Rome", "Paris", "London", "Cairo"]
-QUESTIONS = ("where", "who")       # of the thing; their answers are ("in", place), ("this", person)
+QUESTIONS = ("where", "who")       # where is this person or thing? who has the thing?
 
 
 class World:
@@ -71,24 +71,29 @@ class World:
             self.holder = {"take": who, "drop": "nobody", "give": event[3]}[kind]
 
     def answer(self, question):
-        kind, thing = question
-        return ("in", self.place[thing]) if kind == "where" else ("this", self.holder)
+        kind, noun = question
+        return ("in", self.place[noun]) if kind == "where" else ("this", self.holder)
 
 
-def story(rng, events=4):
-    """A list of sentences: how things stand, then events, each with a question and its answer.
+def story(rng, events=6):
+    """A list of sentences: how things stand, then events, a question and its answer after every
+    second one. The place named last answers only two where-questions in three.
 
     rng     random.Random. Two stories made from generators in the same state are the same
     """
     world, kind = World(rng), None
     told = [("is", x, place) for x, place in world.place.items()]
-    for _ in range(events):
+    for i in range(events):
         possible = world.possible()
         # Never one kind twice in a row, or most stories are walks; nothing else to do: a walk.
         kind = rng.choice([k for k in possible if possible[k] and k != kind] or ["go"])
-        event, question = rng.choice(possible[kind]), (rng.choice(QUESTIONS), world.thing)
+        event = rng.choice(possible[kind])
         world.happen(event)
-        told += [event, question, world.answer(question)]
+        told.append(event)
+        if i % 2:
+            question = rng.choice([("who", world.thing), ("where", world.thing),
+                                   ("where", rng.choice(world.people))])
+            told += [question, world.answer(question)]
     return told
 
 

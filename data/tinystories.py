@@ -26,8 +26,8 @@ SETTINGS = {name: dict(
     maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=10.0),
     graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
     rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
-    oracle=dict(steps=150, lr=1e-3, batch_size=16, retain_weight=1.0),
-    finetune=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    oracle=dict(steps=150, lr=1e-3, batch_size=16),
+    finetune=dict(steps=60, lr=1e-3, batch_size=32),
     undo=dict(alphas=[0.6, 0.8], steps=400, batch_size=16, lr=6e-3, muon_lr=0.01, check_every=10))
     for name in ("tinystories", "bilingual")}
 KNOBS = {"source": None,     # a path or URL; None: HOME

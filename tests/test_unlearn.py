@@ -379,12 +379,14 @@ def test_distillation_distils():
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.5])
-def test_undo(alpha, task, tmp_path, capsys):
+def test_undo(alpha, task, tmp_path, capsys, monkeypatch):
     """The student starts from the damaged teacher, or from a fresh initialisation, and pays for
-    what the teacher has cost; another alpha or beta is another model."""
+    what the teacher has cost; another alpha or beta is another model. The fresh one may run as
+    long as filtered did."""
     teacher, record = small(task)
     cfg = dataclasses.replace(DISTIL, out=str(tmp_path), steps=2, lr=0.0, muon_lr=0.0,
-                              check_every=1)
+                              check_every=1, filtered_steps=3, tolerance=0.0)
+    monkeypatch.setattr(undo, "within", lambda *_: False)
     student, got = undo.undo(alpha, cfg, task, teacher, record)
     start = GPT(teacher.config)
     if alpha is None:
@@ -394,6 +396,7 @@ def test_undo(alpha, task, tmp_path, capsys):
         undo.noise(start, alpha, cfg.beta, cfg.seed)
     assert same(weights(student), weights(start))                    # at rate 0 it stays there
     assert got["flops"] == got["history"][-1]["flops"] + 1000
+    assert got["steps"] == (3 if alpha is None else 2)
     name = "distilled" if alpha is None else f"undo-{alpha:g}"
     assert (tmp_path / "arithmetic" / f"{name}.pt").exists()
     if alpha is not None:
