@@ -40,11 +40,10 @@ class Config(unlearn.AfterBase):
     unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
     steps: int | None = knob(None, "distillation steps, at most (distilled: filtered_steps); "
-                             "the rates fall over the second half", 1)
+                             "the rates fall over the last 80%", 1)
     batch_size: int | None = knob(None, "distillation: rows in a batch", 2)
     lr: float | None = knob(None, "distillation: AdamW's rate (the embedding)", 0, 1)
-    muon_lr: float | None = knob(None, "distillation: Muon's rate (matrices; distilled: that of "
-                                  "pretraining); 0: AdamW", 0, 1)
+    muon_lr: float | None = knob(None, "distillation: Muon's rate (matrices); 0: AdamW", 0, 1)
     tolerance: float = knob(0.05, "distil until retain is within this share of the teacher's", 0, 1)
     check_every: int | None = knob(None, "steps between looks at the student's retain score "
                                      "(at least 1% of --steps)", 1)
@@ -79,7 +78,7 @@ def distil(student, teacher, task, cfg, name):
             target = teacher(idx)
         return kl(target, model(idx))
 
-    record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.5,
+    record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
                  frozen=(teacher,), tokens=cfg.batch_size * task.block_size,
                  evaluate=lambda: task.score(student, ("retain",), quick=True),
                  evaluate_at=range(0, cfg.steps, max(cfg.check_every, cfg.steps // 100)),
@@ -96,9 +95,8 @@ def undo(alpha, cfg, task, teacher, teacher_record):
     Distill, from a fresh initialisation. FLOPs are the teacher's own and the distillation's.
     """
     name = "distilled" if alpha is None else f"undo-{alpha:g}"
-    if alpha is None:                       # as long and as fast as pretraining, for that it is
-        cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps,
-                                  muon_lr=cfg.muon_lr and task.settings["train"]["muon_lr"])
+    if alpha is None:                                    # as long as a pretraining, for that it is
+        cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
 
     def make():
         student = GPT(teacher.config).to(task.device)

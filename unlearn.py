@@ -2,10 +2,12 @@
 
     python unlearn.py                              MaxEnt, then the relearning attack
     python unlearn.py --method=graddiff --lr=sweep
+    python unlearn.py --method=all                 every method in one table
 
 Every method suppresses the skill, and each is undone in a few steps of relearning: that is the
 finding to see here (Lee et al. 2025, section 3). undo.py makes the forgetting stick.
 """
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -39,8 +41,8 @@ class AfterBase(Attack):
 
 @dataclass
 class Config(AfterBase):
-    method: str = knob("maxent", "which loss",
-                       choices=["maxent", "graddiff", "rmu", "oracle", "finetune"])
+    method: str = knob("maxent", "which loss, or all of them in one table",
+                       choices=["maxent", "graddiff", "rmu", "oracle", "finetune", "all"])
     steps: int | None = knob(None, "unlearning steps", 1)
     batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2)
     lr: float | str | None = knob(None, "AdamW's rate, or sweep: the most forgetting whose retain "
@@ -174,23 +176,34 @@ def foundations(cfg, task):
     return pretrain("base", pretraining, task), pretrain("filtered", pretraining, task)
 
 
+def resolved(cfg, task, method):
+    """cfg for one method, its auto knobs filled."""
+    cfg = dataclasses.replace(cfg, method=method)
+    for section, prefix in (("attack", ""), (method, ""), ("train", "base_"), ("train", "")):
+        cfg = fill(cfg, task, section, prefix)
+    return cfg
+
+
 def main(cfg):
     task = open_task(cfg)
-    for section, prefix in (("attack", ""), (cfg.method, ""), ("train", "base_"), ("train", "")):
-        cfg = fill(cfg, task, section, prefix)
-    base, filtered = foundations(cfg, task)
-    models = {"base": base, "filtered": filtered, cfg.method: unlearn(cfg, task, *base, *filtered)}
+    given = [resolved(cfg, task, m) for m in (LOSSES if cfg.method == "all" else [cfg.method])]
+    base, filtered = foundations(given[0], task)
+    models = {"base": (*base, {}), "filtered": (*filtered, {})}
+    for own in given:
+        knobs = {k: getattr(own, k) for k in ("steps", "lr", "batch_size", "retain_weight")
+                 if getattr(own, k) is not None}
+        models[own.method] = (*unlearn(own, task, *base, *filtered), knobs)
     rows = []
-    for name, (model, record) in models.items():
+    for name, (model, record, knobs) in models.items():
         with autocast(cfg):
             before = task.score(model)
-        worst = relearn(model, task, cfg, name)["worst"]
+        worst = relearn(model, task, given[0], name)["worst"]
         rows.append({"model": name} | before | {"flops": record["flops"], "relearned": {
-            str(step): at["forget"] for step, at in worst.items()}})
+            str(step): at["forget"] for step, at in worst.items()}} | knobs)
     flat = [row | row["relearned"] for row in rows]
     table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
-          | {str(step): f"after {step}" for step in cfg.attack_steps})
-    write_rows("unlearn", cfg, task, rows)
+          | {str(step): f"after {step}" for step in given[0].attack_steps})
+    write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
     with figure("unlearn", cfg, 1) as axes:
         if axes is not None:
             draw_relearning(axes[0], task, {row["model"]: {0: row["forget"]} | {

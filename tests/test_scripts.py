@@ -151,13 +151,27 @@ def test_unlearn(method, home):
     assert status == 0, err
     saved = home.rows("unlearn")
     assert [row["model"] for row in saved["rows"]] == ["base", "filtered", method] and finite(saved)
+    weighted = method in ("maxent", "graddiff", "rmu")
+    knobs = {"steps", "lr", "batch_size"} | ({"retain_weight"} if weighted else set())
     for row in saved["rows"]:
-        assert set(row) == FIGURES | {"model", "flops", "relearned"}
+        assert set(row) == FIGURES | {"model", "flops", "relearned"} | (
+            knobs if row["model"] == method else set())
         assert set(row["relearned"]) == {"2", "4"} and row["model"] in out
     assert saved["config"]["method"] == method and saved["config"]["lrs"] == [1e-3, 1e-2]
     assert (home.out / "arithmetic" / f"{method}.pt").exists()
     assert [line for line in out.splitlines() if "pip install matplotlib" in line]
     assert not (home.out / "arithmetic" / "unlearn.png").exists()
+
+
+def test_unlearn_by_all_methods(home):
+    """One table; each row says which of its own settings the method ran at."""
+    status, out, err = home.call("unlearn", *UNLEARN, "--method=all")
+    assert status == 0, err
+    saved = home.rows("unlearn")
+    assert [row["model"] for row in saved["rows"]] == ["base", "filtered", *unlearn.LOSSES]
+    settings = data.module("arithmetic").SETTINGS["arithmetic"]
+    for row in saved["rows"][2:]:
+        assert row["lr"] == settings[row["model"]]["lr"] and row["model"] in out
 
 
 def test_unlearn_with_a_sweep(home):
