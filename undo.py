@@ -35,8 +35,8 @@ class Config(unlearn.AfterBase):
     alphas: list[float] | None = knob(None, "UNDO's noise: 0 leaves the teacher, 1 nothing of it",
                                       0, 1)
     beta: float = knob(0.1, "size of the noise beside Xavier's", 0)
-    method: str = knob("maxent", "the teacher's unlearning method",
-                       choices=["maxent", "graddiff", "rmu", "finetune"])
+    method: str | None = knob(None, "the teacher's unlearning method",
+                              choices=["maxent", "graddiff", "rmu", "finetune"])
     unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
     steps: int | None = knob(None, "distillation steps, at most (distilled: filtered_steps); "
@@ -203,8 +203,9 @@ def draw(axes, rows, task, cfg, step):
 
 def main(cfg):
     task = open_task(cfg)
-    for section, prefix in (("attack", ""), ("undo", ""), (cfg.method, "unlearn_"),
-                            ("train", "base_"), ("train", "")):
+    cfg = fill(cfg, task, "undo")
+    for section, prefix in (("attack", ""), (cfg.method, "unlearn_"), ("train", "base_"),
+                            ("train", "")):
         cfg = fill(cfg, task, section, prefix)
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):

@@ -21,14 +21,15 @@ from data.tokenizer import END
 SETTINGS = {name: dict(
     block_size=128, vocab_size=2048, least_block_size=8,     # T: half a story
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=1200,
-               filtered_steps=1000 if name == "tinystories" else 700, lr=6e-3, muon_lr=0.03),
+               filtered_steps=1000 if name == "tinystories" else 700, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=10.0),
-    graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
+    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
+    graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
     rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
     oracle=dict(steps=150, lr=1e-3, batch_size=16),
     finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    undo=dict(alphas=[0.6, 0.8], steps=400, batch_size=16, lr=6e-3, muon_lr=0.01, check_every=10))
+    undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
+              muon_lr=0.02, check_every=10))
     for name in ("tinystories", "bilingual")}
 KNOBS = {"source": None,     # a path or URL; None: HOME
          "source2": None,    # bilingual only: the stories to forget
