@@ -19,11 +19,11 @@ SETTINGS = {"arithmetic": dict(
                filtered_steps=1000, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
     maxent=dict(steps=80, lr=5e-4, batch_size=32, retain_weight=50.0),
-    graddiff=dict(steps=40, lr=3e-4, batch_size=32, retain_weight=10.0),
+    graddiff=dict(steps=40, lr=5e-4, batch_size=32, retain_weight=50.0),
     rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
     oracle=dict(steps=100, lr=1e-3, batch_size=32),
     finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    undo=dict(method="maxent", alphas=[0.3, 0.6], steps=300, batch_size=32, lr=6e-3,
+    undo=dict(method="maxent", alphas=[0.3, 0.6, 0.65], steps=300, batch_size=32, lr=6e-3,
               muon_lr=0.02, check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
          "heldout_pairs": 0.04,        # share of operand pairs kept out of training
