@@ -94,7 +94,7 @@ def draw_relearning(ax, task, curves):
                 label=name + " (gold standard)" * (name == "filtered"), **styles.get(name, {}))
     what = "accuracy" if task.higher_is_better else "loss (nats per token)"
     ax.set(xlabel="fine-tuning steps of the attacker", ylabel=f"forget {what}, worst rate")
-    ax.legend(fontsize=9)
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))        # beside the curves
 
 
 def judge_score(cfg, task, model):
