@@ -135,7 +135,7 @@ def judge_sample(cfg, task, model):
 
 
 def main(cfg):
-    task = open_task(cfg)
+    task = open_task(cfg, writes=False)
     cfg = fill(cfg, task, "attack")
     model, _ = load(path_of(cfg.model, cfg), task)
     task.block_size = model.config.block_size         # judged on rows as long as it reads

@@ -8,17 +8,17 @@ Three plain ways in, for the scripts that look inside:
   model.blocks[i].head(h)      views of one attention head's weights
   model.blocks[i].units(js)    views of some MLP units' weights
 """
-import hashlib
-import io
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from data import write
+from data.disk import read_sealed, write_sealed
+
+LOGITS = 2**24          # most logits held at once (64 MB in float32): larger losses go by chunks
 
 
 @dataclass
@@ -35,12 +35,17 @@ class GPTConfig:
                              f"(n_head={self.n_head}): rotary positions turn pairs of channels")
 
 
+def cross_entropy(logits, targets):
+    """The sum over rows, in nats: logits (N, V) in float32, targets (N,) token ids."""
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
 def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): turn channel pairs of x (B, T, nh, hs) by their angle."""
+    """Rotary positions (Su et al. 2021): turn channel pairs of x (B, T, .., hs) by their angle."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -54,11 +59,12 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B, nh, T, hs)
-        if x.device.type == "cpu":             # where the backward of bf16 attention is 3x slower
-            q, k, v = q.float(), k.float(), v.float()
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k = rotate(norm(qkv[:, :, :2]), cos, sin).unbind(2)         # both at once: fewer kernels
+        q, k, v = (t.transpose(1, 2) for t in (q, k, qkv[:, :, 2]))          # (B, nh, T, hs)
+        # one dtype for all three; on a CPU bf16 attention is up to 4x slower than float32
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         mask = None
         if cache is not None:
             k, v, mask = cache.append(self, k, v)                            # (B, nh, S, hs)
@@ -106,32 +112,33 @@ class KVCache:
 
     Ragged prompts are padded on the left, so that all rows stand at the same column; `pad` (B,)
     says how many columns of each row are padding. Rotary attention sees only distances, so a row's
-    columns serve as its positions.
+    columns serve as its positions. Where a row ends is a tensor, not a number: to a compiler every
+    step of decoding is the same.
     """
 
     def __init__(self, S, pad):
         self.kv = {}                                   # layer -> (2, B, nh, S, hs)
-        self.pad, self.length = pad, 0
         self.columns = torch.arange(S, device=pad.device)
+        self.real = self.columns >= pad[:, None, None]                # (B, 1, S): no padding
+        self.end = torch.zeros((), dtype=torch.int64, device=pad.device)
 
     def start(self, T):
         """Makes room for T more columns; returns their positions and builds the attention mask."""
-        rows = self.columns[self.length:self.length + T]
-        seen = self.columns <= rows[:, None]                                  # (T, S): no future
-        real = self.columns >= self.pad[:, None, None]                      # (B, 1, S): no padding
-        itself = self.columns == rows[:, None]         # a padding row sees itself: no empty softmax
-        self.mask = ((seen & real) | itself)[:, None]                         # (B, 1, T, S)
-        self.length += T
-        return rows
+        self.rows = self.end + self.columns[:T]
+        seen = self.columns <= self.rows[:, None]                             # (T, S): no future
+        itself = self.columns == self.rows[:, None]    # a padding row sees itself: no empty softmax
+        mask = torch.where((seen & self.real) | itself, 0.0, -torch.inf)      # (B, T, S)
+        self.mask = mask[:, None]                                             # (B, 1, T, S)
+        self.end = self.end + T
+        return self.rows
 
     def append(self, layer, k, v):
-        T = k.size(2)
         if layer not in self.kv:
             B, nh, _, hs = k.shape
             self.kv[layer] = k.new_zeros(2, B, nh, len(self.columns), hs)
         kv = self.kv[layer]
-        kv[:, :, :, self.length - T:self.length] = torch.stack((k, v))
-        return kv[0], kv[1], self.mask
+        kv.index_copy_(3, self.rows, torch.stack((k, v)))
+        return kv[0], kv[1], self.mask.to(k.dtype)
 
 
 class GPT(nn.Module):
@@ -143,8 +150,8 @@ class GPT(nn.Module):
         half = config.n_embd // config.n_head // 2
         speed = 10000.0 ** -(torch.arange(half) / half)
         angle = torch.outer(torch.arange(config.block_size), speed)
-        self.register_buffer("cos", angle.cos()[:, None], persistent=False)           # (T, 1, hs/2)
-        self.register_buffer("sin", angle.sin()[:, None], persistent=False)
+        self.register_buffer("cos", angle.cos()[:, None, None], persistent=False)
+        self.register_buffer("sin", angle.sin()[:, None, None], persistent=False)   # (T,1,1,hs/2)
         self.init_weights()
 
     @torch.no_grad()
@@ -178,12 +185,29 @@ class GPT(nn.Module):
         """Logits (..., vocab_size) of a residual (..., C); the vocabulary's padding is cut off."""
         return F.linear(norm(x), self.wte.weight)[..., :self.config.vocab_size]
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) int64 -> logits (B, T, V), or with targets (B, T) the mean loss in nats."""
-        logits = self.unembed(self.residuals(idx, cache)[-1])
+    def forward(self, idx, targets=None, criterion=cross_entropy, cache=None, residual=None):
+        """idx (B, T) int64 -> logits (B, T, V), or what is asked for instead:
+
+        targets    (B, T, ...): the mean over tokens, in float32, of criterion(logits, targets)
+        criterion  (N, V) logits in float32 and (N, ...) targets -> their loss, the sum over rows
+        residual   an index into residuals(): that one, (B, T, C)
+        """
+        stream = self.residuals(idx, cache)
+        if residual is not None:
+            return stream[residual]
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.unembed(stream[-1])
+
+        def loss(x, targets):
+            return criterion(self.unembed(x).float(), targets)
+
+        x, targets = stream[-1].flatten(0, 1), targets.flatten(0, 1)
+        rows = max(LOGITS // self.config.vocab_size, 1)
+        if len(x) <= rows:
+            return loss(x, targets) / len(x)
+        # logits are the largest tensor by far: keep none, compute each chunk's again for backward
+        return sum(checkpoint(loss, *chunk, use_reentrant=False)
+                   for chunk in zip(x.split(rows), targets.split(rows))) / len(x)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0):
@@ -226,35 +250,27 @@ class GPT(nn.Module):
         return torch.stack(out, 1)
 
 
-SEAL = b"sha256:"            # a model file is what torch.save writes, then SEAL and its digest
+def write_model(path, model, made_with, record, **more):
+    """Weights, config, steps, history and cost (of fit) to a file; all or nothing.
 
-
-def write_model(path, model, made_with, record):
-    """Weights, config, steps, history and cost (of fit) to a file; all or nothing."""
-    buffer = io.BytesIO()
-    torch.save({"model": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-                "config": asdict(model.config), "made_with": made_with,
-                **{k: record[k] for k in ("steps", "flops", "history")}}, buffer)
-    body = buffer.getvalue()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write(path, body + SEAL + hashlib.sha256(body).digest())
+    more   what a run that is not over needs besides, to go on from here: see train.fit
+    """
+    write_sealed(path, {
+        "model": {k: v.detach().cpu() for k, v in model.state_dict().items()},
+        "config": asdict(model.config), "made_with": made_with,
+        **{k: record[k] for k in ("steps", "flops", "history")}} | more)
 
 
 def read_model(path, device="cpu"):
     """(GPT, the dict that write_model wrote). ValueError, in one line, if it is no such file."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing: train.py, unlearn.py and undo.py make models")
-    content = Path(path).read_bytes()
-    cut = len(content) - len(SEAL) - 32
-    if cut <= 0 or content[cut:] != SEAL + hashlib.sha256(content[:cut]).digest():
-        raise ValueError(f"{path} is damaged (its checksum does not fit): delete it to make it "
-                         f"again")
+    checkpoint = read_sealed(path, device)
     try:
-        checkpoint = torch.load(io.BytesIO(content[:cut]), map_location=device, weights_only=True)
         model = GPT(GPTConfig(**checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
-        checkpoint["made_with"]["task"]
-    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        checkpoint["made_with"]["task"], checkpoint["flops"], checkpoint["history"]
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a model of this project "
                          f"({type(error).__name__})") from None
     return model, checkpoint

@@ -2,6 +2,7 @@
 
     python train.py                        base (retain + forget) and filtered (retain only)
     python train.py --task=language --steps=300
+    torchrun --nproc_per_node=2 train.py   the same batches, divided over two processes
 
 fit() is the only loop. A technique hands it a loss function and perhaps a mask.
 """
@@ -12,13 +13,19 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -27,11 +34,14 @@ from torch.utils.flop_counter import (
 from tqdm import tqdm
 
 import data
-from data.knobs import BadInput, command_line, knob
-from data.report import figure, table, write_rows
+from data.disk import alone
+from data.knobs import BadInput, Minutes, command_line, knob
+from data.report import RANK, figure, table, write_rows
 from model import GPT, GPTConfig, read_model, write_model
 
 say_once = cache(print)
+WORLD = int(os.environ.get("WORLD_SIZE", 1))        # processes that train together, by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # which of this machine's GPUs is this one's
 
 # ---------------------------------------------------------------------------------------------
 # command line: one knob a line
@@ -56,6 +66,10 @@ class Common:
     n_layer: int | None = knob(None, "blocks", 1)
     n_head: int | None = knob(None, "attention heads", 1)
     n_embd: int | None = knob(None, "C, width of the residual stream", 8)
+    save_every: int | Minutes = knob(Minutes("1m"), "between checkpoints of a run: steps (500) or "
+                                     "minutes (1m); 0: none", 0)
+    resume: bool | None = knob(None, "go on from a stopped run's checkpoint; auto: where there is "
+                               "one; false: start anew")
 
 
 @dataclass
@@ -72,12 +86,56 @@ class Config(Common):
 def run(main, config, story):
     """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
     keep_memory()
+    if RANK:                                        # torchrun: the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
-        main(command_line(config, story))
+        signal.signal(signal.SIGTERM, end_at_once)
+        cfg = command_line(config, story)
+        if WORLD > 1:
+            dist.init_process_group()
+        main(cfg)
     except (BadInput, OSError) as error:
         sys.exit(complain(error, 2))
-    except KeyboardInterrupt:
-        sys.exit(complain("interrupted; models made are kept, run the same command again", 130))
+    except KeyboardInterrupt as stop:
+        by, = stop.args[1:] or [signal.SIGINT]
+        sys.exit(complain(stop.args[0] if stop.args else "interrupted; models made are kept, run "
+                          "the same command again", 128 + by))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(complain("out of memory: a smaller --batch_size, --block_size or model needs "
+                          "less; what is on disk is whole", 2))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def end_at_once(number, frame):
+    raise KeyboardInterrupt("terminated; models made are kept, run the same command again", number)
+
+
+@contextmanager
+def patience():
+    """SIGINT and SIGTERM do not end the program here: they are put on the list that this yields,
+    so that a step can be finished and saved. A second one ends it."""
+    asked, before = [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        if WORLD == 1:                              # torchrun passes on each signal twice
+            restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    main = threading.current_thread() is threading.main_thread()      # others may not set handlers
+    for number in (signal.SIGINT, signal.SIGTERM) if main else ():
+        before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def keep_memory():
@@ -134,7 +192,8 @@ def hardware(cfg):
                        f"try --device=auto")
     if kind == "cuda":
         modern = torch.cuda.get_device_capability() >= (8, 0)
-        return torch.device(kind), torch.bfloat16 if modern else torch.float16, True
+        torch.cuda.set_device(LOCAL_RANK)
+        return torch.device(kind, LOCAL_RANK), torch.bfloat16 if modern else torch.float16, True
     if kind == "mps":
         return torch.device(kind), torch.float32, False
     bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -193,8 +252,118 @@ def optimizers(model, lr, muon_lr):
     return made
 
 
+@dataclass
+class Keep:
+    """Where fit() leaves a run's checkpoint: <name>.resume.pt, until the model is made."""
+    path: Path
+    made_with: dict
+
+
+class Run:
+    """All that a run is besides its model: what a checkpoint must hold for the rest of it to be
+    the same to the last bit. Batches are functions of the step, so there is no other state.
+    """
+
+    def __init__(self, model, cfg, lr, muon_lr):
+        device, dtype, _ = hardware(cfg)
+        self.model, self.cfg = model, cfg
+        self.optimizers = optimizers(model, lr, muon_lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.steps = self.flops = self.flops_per_step = 0
+        self.over = False
+        self.seconds = 0.0
+        self.history, self.since = [], []       # since: [loss, gradient norm] of the last few steps
+        self.saved, self.saved_at = 0, time.time()
+
+    def record(self):
+        return {k: getattr(self, k) for k in ("steps", "flops", "seconds", "history")}
+
+    def save(self, keep):
+        if RANK == 0:
+            write_model(keep.path, self.model, keep.made_with, self.record(), run={
+                "optimizers": [o.state_dict() for o in self.optimizers],
+                "scaler": self.scaler.state_dict(), "flops_per_step": self.flops_per_step,
+                "since": [x.tolist() for x in self.since], "seconds": self.seconds,
+                "over": self.over})
+        self.saved, self.saved_at = self.steps, time.time()
+
+    def resume(self, keep):
+        """Goes on where keep's file ends, if there is one and the knobs are the same."""
+        if self.cfg.resume is False or not keep.path.exists():
+            return
+        _, checkpoint = read(keep.path)
+        same_knobs(keep.path, checkpoint["made_with"], keep.made_with, "; --resume=false starts "
+                   "anew")
+        self.model.load_state_dict(checkpoint["model"])
+        run = checkpoint["run"]
+        for optimizer, state in zip(self.optimizers, run["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.scaler.load_state_dict(run["scaler"])
+        device = next(self.model.parameters()).device
+        self.since = [torch.tensor(x, device=device) for x in run["since"]]
+        self.flops_per_step, self.seconds = run["flops_per_step"], run["seconds"]
+        self.over = run["over"]
+        self.steps, self.flops = checkpoint["steps"], checkpoint["flops"]
+        self.history, self.saved = checkpoint["history"], self.steps
+
+    def due(self):
+        """Whether --save_every has passed; minutes are looked at every tenth step."""
+        every = self.cfg.save_every
+        if isinstance(every, Minutes):
+            return every and self.steps % 10 == 0 and time.time() - self.saved_at > 60 * every
+        return every and self.steps % every == 0
+
+    def step(self, loss_fn, model, after_backward, after_step, rate):
+        """One step of every optimizer at `rate` of its peak rate; nothing waits for the device."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+        with autocast(self.cfg):
+            loss = loss_fn(model, self.steps)
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.scaler.is_enabled():                # which skips steps whose gradients overflow
+            norm = torch.zeros_like(norm)
+        if after_backward:
+            after_backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.model.zero_grad()
+        if after_step:
+            after_step()
+        self.since.append(torch.stack((loss.detach().float(), norm.float())))
+        self.steps += 1
+
+    def loss(self, name, keep):
+        """Mean loss since the history was last written to: here the host waits for the device.
+
+        BadInput when a loss or a gradient was not finite, or when the weights no longer are.
+        """
+        weights = get_total_norm(list(self.model.parameters())).detach()
+        seen = torch.stack([*self.since, weights.expand(2)])
+        if WORLD > 1:
+            dist.all_reduce(seen)
+            seen /= WORLD
+        *seen, weights = seen.tolist()
+        for i, pair in enumerate([*seen, weights]):
+            for what, value in zip(("the loss", "the gradient's norm"), pair):
+                if not math.isfinite(value):
+                    step = min(self.steps - len(seen) + i + 1, self.steps)
+                    what = what if i < len(seen) else "the weights' norm"
+                    rates = ", ".join(f"{k}={o.param_groups[0]['lr']:.3g}" for k, o in
+                                      zip(("lr", "muon_lr"), self.optimizers))
+                    raise BadInput(f"{name}: {what} is {value} at step {step} with {rates}: try "
+                                   f"lower rates; " + (f"the last good checkpoint is {keep.path}, "
+                                   f"of step {self.saved}" if keep and keep.path.exists() else
+                                   "nothing was saved"))
+        return sum(loss for loss, _ in seen) / len(seen)
+
+
 def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, tokens=0, frozen=(),
-        evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None):
+        evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None, keep=None):
     """Trains model in place: the one loop of every technique.
 
     loss_fn(model, step)   a scalar loss; it draws its own batch, a function of the step
@@ -206,72 +375,78 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                            set or a range) and at the last
     stop(figures)          ends the run when it says so, after an evaluation
     after_backward()       may change gradients (masks); after_step() may restore parameters
+    keep                   a Keep: save checkpoints there, and go on from the one that is there
     returns                {"steps", "flops", "seconds", "history": [{"step", "loss", ..}]}; flops
                            count every matrix product of a step: forward, backward, frozen models,
                            and Muon's orthogonalisation, but no evaluations
-    raises                 BadInput when the loss is no longer finite
+    raises                 BadInput when the loss, a gradient or the weights are no longer finite;
+                           KeyboardInterrupt after SIGINT or SIGTERM, its checkpoint saved
     """
-    device, dtype, _ = hardware(cfg)
-    made = optimizers(model, lr, muon_lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def one_step(step):
-        rate = min(1.0, (steps - step) / (decay * steps)) if decay else 1.0
-        for optimizer in made:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-        with autocast(cfg):
-            loss = loss_fn(model, step)
-        scaler.scale(loss).backward()
-        for optimizer in made:
-            scaler.unscale_(optimizer)
-        if after_backward:
-            after_backward()
-        for optimizer in made:
-            scaler.step(optimizer)
-        scaler.update()
-        model.zero_grad()
-        if after_step:
-            after_step()
-        return loss.detach()
-
-    def figures():
-        if not evaluate:
-            return {}
-        with torch.no_grad(), autocast(cfg):
-            return evaluate()
-
-    history, flops, since, start = [], 0, [], time.time()
-    bar = tqdm(total=steps, desc=name, unit="step", leave=False, mininterval=0.5)
-    for step in range(steps):
-        if step == 0:                          # counted once, eagerly: every step costs the same
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                since.append(one_step(step))
-            per_step = counter.get_total_flops()
-            if should_compile(cfg, per_step * steps):
-                for m in (model, *frozen):
-                    m.compile(dynamic=False)
-        else:
-            since.append(one_step(step))
-        flops += per_step
-        bar.update()
-        last = step == steps - 1
-        due = step + 1 in evaluate_at
-        if last or due or (step + 1) % 10 == 0:
-            loss = torch.stack(since).mean().item()      # the one wait for the device
-            since = []
-            if not math.isfinite(loss):
-                raise BadInput(f"{name}: the loss is {loss} at step {step + 1} with lr={lr:g}, "
-                               f"muon_lr={muon_lr:g}: try lower rates; nothing was saved")
+    at = Run(model, cfg, lr, muon_lr)
+    if keep:
+        at.resume(keep)
+    whole = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    compiled, start = False, time.time() - at.seconds
+    with patience() as signals, tqdm(total=steps, initial=at.steps, desc=name, unit="step",
+                                     leave=False, mininterval=0.5, disable=RANK > 0) as bar:
+        while not at.over:
+            rate = min(1.0, (steps - at.steps) / (decay * steps)) if decay else 1.0
+            do = loss_fn, whole, after_backward, after_step, rate
+            if not at.flops_per_step:          # counted once, eagerly: every step costs the same
+                with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                    at.step(*do)
+                at.flops_per_step = counter.get_total_flops() * WORLD
+            else:
+                if not compiled and should_compile(cfg, at.flops_per_step * steps / WORLD):
+                    for m in (model, *frozen):
+                        m.compile(dynamic=False)
+                compiled = True
+                at.step(*do)
+            at.flops += at.flops_per_step
+            bar.update()
+            at.over, tenth = at.steps == steps, at.steps % 10 == 0
+            written = at.over or at.steps in evaluate_at
+            ended = agree(cfg, signals) if WORLD > 1 and tenth else WORLD == 1 and bool(signals)
+            save = keep and at.due()
+            if not (written or tenth or save or ended):
+                continue
+            loss = at.loss(name, keep)
+            if written or tenth:
+                at.since = []
             rate = bar.format_dict["rate"]
             bar.set_postfix_str(f"loss {loss:.3f}" + (f" {tokens * rate:,.0f} tokens/s"
                                                       if tokens and rate else ""), refresh=False)
-            if last or due:
-                history.append({"step": step + 1, "loss": loss, "flops": flops} | figures())
-                if stop and stop(history[-1]):
-                    break
-    bar.close()
-    return {"steps": step + 1, "flops": flops, "seconds": time.time() - start, "history": history}
+            if written:
+                at.history.append({"step": at.steps, "loss": loss, "flops": at.flops}
+                                  | figures(cfg, evaluate))
+                at.over = at.over or bool(stop and stop(at.history[-1]))
+            at.seconds = time.time() - start
+            if keep and (ended or save and not at.over):
+                at.save(keep)
+            if ended:
+                raise KeyboardInterrupt(
+                    f"{name}: stopped after step {at.steps} of {steps}, " + (
+                        f"saved in {keep.path}" if keep else "models made are kept")
+                    + "; run the same command again to go on", (signals or [signal.SIGTERM])[0])
+    return at.record()
+
+
+def agree(cfg, signals):
+    """Whether any process was sent a signal."""
+    count = torch.tensor(float(len(signals)), device=hardware(cfg)[0])
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
+def figures(cfg, evaluate):
+    """What evaluate() finds, the same dict in every process."""
+    found = [None]
+    if evaluate and RANK == 0:
+        with torch.no_grad(), autocast(cfg):
+            found = [evaluate()]
+    if WORLD > 1:
+        dist.broadcast_object_list(found)
+    return found[0] or {}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -287,12 +462,24 @@ def identity(made_with):
     return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load(path, task):
-    """(model, checkpoint dict). BadInput when the file is missing, damaged, or of another task."""
+def read(path, device="cpu"):
     try:
-        model, checkpoint = read_model(path, task.device)
+        return read_model(path, device)
     except ValueError as error:
         raise BadInput(str(error)) from None
+
+
+def same_knobs(path, was, now, other=": delete it to make it again, or choose another --out"):
+    """BadInput where what a file was made with is not what this run asks for."""
+    for key in now | was:
+        if was.get(key) != now.get(key):
+            raise BadInput(f"{path} was made with {key}={was.get(key)}, this run asks for "
+                           f"{key}={now.get(key)}{other}")
+
+
+def load(path, task):
+    """(model, checkpoint dict). BadInput when the file is missing, damaged, or of another task."""
+    model, checkpoint = read(path, task.device)
     made_with = checkpoint["made_with"]
     if made_with["task"] != task.name:
         raise BadInput(f"{path} was trained on {made_with['task']}, not on {task.name}: choose "
@@ -306,22 +493,23 @@ def load(path, task):
 def obtain(name, cfg, task, made_with, make):
     """The model called `name`: from disk, or made and saved if it is missing.
 
-    made_with   everything its weights depend on; a file made with anything else is BadInput
-    make()      -> (model, record of fit)
+    made_with    everything its weights depend on; a file made with anything else is BadInput
+    make(keep)   -> (model, record of fit); keep is for fit(), which goes on where a stopped run of
+                 the same model ended
     """
     path = path_of(name, cfg)
     made_with = json.loads(json.dumps({"task": task.name, "data": task.data_id} | made_with))
     if path.exists():
         model, checkpoint = load(path, task)
-        for key in made_with | checkpoint["made_with"]:
-            was, now = checkpoint["made_with"].get(key), made_with.get(key)
-            if was != now:
-                raise BadInput(f"{path} was made with {key}={was}, this run asks for {key}={now}: "
-                               f"delete it to make it again, or choose another --out")
+        same_knobs(path, checkpoint["made_with"], made_with)
         return model, checkpoint
-    print(f"{name}: making {path}")
-    model, record = make()
-    write_model(path, model, made_with, record)
+    keep = Keep(path.with_suffix(".resume.pt"), made_with)
+    on = keep.path.exists() and cfg.resume is not False
+    print(f"{name}: " + (f"going on from {keep.path}" if on else f"making {path}"))
+    model, record = make(keep)
+    if RANK == 0:
+        write_model(path, model, made_with, record)
+        keep.path.unlink(missing_ok=True)
     return model, {"made_with": made_with} | record
 
 
@@ -329,13 +517,29 @@ def obtain(name, cfg, task, made_with, make):
 # the pretraining story
 
 
-def open_task(cfg):
-    knobs = {k: getattr(cfg, k) for k in ("source", "source2", "stories", "words", "heldout_pairs")}
-    task = data.load(cfg.task, cfg.data_dir, cfg.block_size, hardware(cfg)[0], **knobs)
+HELD = {}                    # folders that this process has taken, for as long as it lives
+
+
+def open_task(cfg, writes=True):
+    """The task that cfg names. writes: takes OUT/TASK/, so that no other run writes there."""
     folder = Path(cfg.out) / cfg.task               # a bad --out is noticed now, not after training
+    knobs = {k: getattr(cfg, k) for k in ("source", "source2", "stories", "words", "heldout_pairs")}
+    for first in (True, False):                     # one process makes the data, if any must
+        if first == (RANK == 0):
+            task = data.load(cfg.task, cfg.data_dir, cfg.block_size, hardware(cfg)[0], **knobs)
+        if WORLD > 1:
+            dist.barrier()
+    task.shard = (RANK, WORLD)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise BadInput(f"--out={cfg.out}: cannot write in {folder}")
+    if writes and RANK == 0 and folder.resolve() not in HELD:
+        HELD[folder.resolve()] = held = alone(folder)
+        held.__enter__()
+        for partial in folder.glob("*.pt.*.tmp"):   # of a run that was killed as it wrote
+            partial.unlink()
+    if cfg.resume and not list(folder.glob("**/*.resume.pt")):
+        raise BadInput(f"--resume=true: there is no stopped run in {folder}")
     return task
 
 
@@ -363,14 +567,14 @@ def pretrain(name, cfg, task):
                                               "lr", "muon_lr")}
     made_with |= {"block_size": task.block_size, "split": split, "steps": steps}
 
-    def make():
+    def make(keep):
         model = new_model(cfg, task)
 
         def loss_fn(model, step):
             return model(*task.batch(split, cfg.batch_size, step, cfg.seed))
 
         record = fit(model, loss_fn, cfg, steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
-                     tokens=cfg.batch_size * task.block_size,
+                     tokens=cfg.batch_size * task.block_size, keep=keep,
                      evaluate_at=range(0, steps, max(steps // 40, 1)),
                      evaluate=lambda: task.score(model, ("retain",), quick=True))
         return model, record

@@ -27,7 +27,7 @@ from train import (
     open_task,
     run,
 )
-from unlearn import kl
+from unlearn import imitate
 
 
 @dataclass
@@ -65,7 +65,7 @@ def noise(model, alpha, beta, seed):
         p.mul_(1 - alpha).add_(alpha * beta * N.to(p.device))
 
 
-def distil(student, teacher, task, cfg, name):
+def distil(student, teacher, task, cfg, name, keep=None):
     """Forward KL(teacher || student) on the unlabelled mix until the student's retain score is
     within cfg.tolerance of the teacher's. Returns fit's record, every teacher forward counted.
     """
@@ -74,12 +74,10 @@ def distil(student, teacher, task, cfg, name):
 
     def loss_fn(model, step):
         idx, _ = task.batch("all", cfg.batch_size, step, cfg.seed)
-        with torch.no_grad():
-            target = teacher(idx)
-        return kl(target, model(idx))
+        return imitate(model, teacher, idx)
 
     record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
-                 frozen=(teacher,), tokens=cfg.batch_size * task.block_size,
+                 frozen=(teacher,), tokens=cfg.batch_size * task.block_size, keep=keep,
                  evaluate=lambda: task.score(student, ("retain",), quick=True),
                  evaluate_at=range(0, cfg.steps, max(cfg.check_every, cfg.steps // 100)),
                  stop=lambda at: within(at["retain"], goal, cfg.tolerance, task))
@@ -98,14 +96,14 @@ def undo(alpha, cfg, task, teacher, teacher_record):
     if alpha is None:                                    # as long as a pretraining, for that it is
         cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
 
-    def make():
+    def make(keep):
         student = GPT(teacher.config).to(task.device)
         if alpha is None:
             student.init_weights(cfg.seed + 1)
         else:
             student.load_state_dict(teacher.state_dict())
             noise(student, alpha, cfg.beta, cfg.seed)
-        record = distil(student, teacher, task, cfg, name)
+        record = distil(student, teacher, task, cfg, name, keep)
         record["flops"] += teacher_record["flops"]
         return student, record
 

@@ -54,10 +54,24 @@ class Config(AfterBase):
 
 
 def kl(teacher_logits, logits):
-    """Forward KL(teacher || student) at T = 1, in nats per token, mean over (B, T)."""
-    student = logits.flatten(0, 1).float().log_softmax(-1)
-    teacher = teacher_logits.flatten(0, 1).float().log_softmax(-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    """Forward KL(teacher || student) at T = 1, in nats: the sum over rows of (N, V) logits."""
+    return F.kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True,
+                    reduction="sum")
+
+
+def imitate(model, teacher, idx):
+    """Mean over tokens (B, T) of KL(teacher || model), the teacher's gradients left out.
+
+    The teacher's part in it is its last residual: logits are made where they are compared.
+    """
+    def criterion(logits, x):
+        with torch.no_grad():
+            target = teacher.unembed(x).float()
+        return kl(target, logits)
+
+    with torch.no_grad():
+        x = teacher(idx, residual=-1)
+    return model(idx, x, criterion)
 
 
 def graddiff(model, forget, retain, reference, cfg):
@@ -70,9 +84,10 @@ def maxent(model, forget, retain, reference, cfg):
 
     KL(uniform || p) = -ln V - mean over the vocabulary of ln p.
     """
-    logits = model(forget[0]).float()
-    uniform = -math.log(logits.size(-1)) - logits.log_softmax(-1).mean()
-    return uniform + cfg.retain_weight * model(*retain)
+    def criterion(logits, _):
+        return (-math.log(logits.size(-1)) - logits.log_softmax(-1).mean(-1)).sum()
+
+    return model(*forget, criterion) + cfg.retain_weight * model(*retain)
 
 
 def rmu(model, forget, retain, reference, cfg):
@@ -86,10 +101,10 @@ def rmu(model, forget, retain, reference, cfg):
     u = torch.rand(model.config.n_embd, generator=generator).to(forget[0].device)
     u = F.normalize(u, dim=0)
     with torch.no_grad():
-        h0 = reference.residuals(retain[0])[layer].float()
+        h0 = reference(retain[0], residual=layer).float()
         length = h0.norm(dim=-1).mean()
-    push = (model.residuals(forget[0])[layer].float() - cfg.steer * length * u) / length
-    stay = (model.residuals(retain[0])[layer].float() - h0) / length
+    push = (model(forget[0], residual=layer).float() - cfg.steer * length * u) / length
+    stay = (model(retain[0], residual=layer).float() - h0) / length
     return push.square().sum(-1).mean() + cfg.retain_weight * stay.square().sum(-1).mean()
 
 
@@ -102,10 +117,7 @@ def oracle(model, forget, retain, reference, cfg):
     """KL(filtered || model) on the unlabelled mix: the best that training on outputs can do, a
     model that behaves as though it had never seen the data (Lee et al. 2025, section 3).
     """
-    idx = torch.cat((forget[0], retain[0]))
-    with torch.no_grad():
-        target = reference(idx)
-    return kl(target, model(idx))
+    return imitate(model, reference, torch.cat((forget[0], retain[0])))
 
 
 LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
@@ -145,16 +157,19 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
         forget, retain = (task.batch(d, half, step, cfg.seed) for d in ("forget", "retain"))
         return LOSSES[cfg.method](model, forget, retain, reference, cfg)
 
-    def attempt(lr):
+    def attempt(lr, keep=None):
         model = GPT(base.config).to(task.device)
         model.load_state_dict(base.state_dict())
         record = fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
                      tokens=2 * half * task.block_size, frozen=(reference,),
-                     evaluate=lambda: task.score(model, quick=True))
+                     evaluate=lambda: task.score(model, quick=True), keep=keep)
         return model, record
 
-    def make():
-        model, record = sweep(cfg, task, base, attempt) if cfg.lr == "sweep" else attempt(cfg.lr)
+    def make(keep):
+        if cfg.lr == "sweep":
+            model, record = sweep(cfg, task, base, attempt)
+        else:
+            model, record = attempt(cfg.lr, keep)
         if cfg.method == "oracle":
             record["flops"] += filtered_record["flops"]
         return model, record

@@ -7,11 +7,11 @@ A task is a file in this folder with
   score(model, task, domains, quick) what a model knows: {"retain": .., "forget": .., finer figures}
   higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
 On disk, data/<task>/: tokenizer.json, one .bin of uint16 tokens a split, meta.json with checksums.
+The .bin files are memory-mapped: they may be larger than memory.
 """
 import hashlib
 import importlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,14 @@ import torch
 from tqdm import tqdm
 
 from data import tokenizer
+from data.disk import alone, digest, sha256, write
 from data.knobs import BadInput
 
 TASKS = {"arithmetic": "arithmetic", "language": "language",
          "tinystories": "tinystories", "bilingual": "tinystories"}           # name -> file
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
 FOLDER = Path(__file__).parent
+RESIDENT = 4 << 30           # bytes: on a GPU, data up to this size is kept there
 
 
 def module(name):
@@ -51,15 +53,30 @@ class Task:
         self.tokenizer = tokenizer.load(folder / "tokenizer.json")
         self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.n_vocab - 1
         self.data_id = hashlib.sha256(json.dumps(meta["files"]).encode()).hexdigest()[:12]
-        self.tokens = {s: np.memmap(folder / f"{s}.bin", np.uint16, mode="r") for s in SPLITS}
-        for split, tokens in self.tokens.items():
-            enough(name, split, len(tokens), self.block_size)
-        self.starts = {s: np.flatnonzero(tokens[:-self.block_size] == self.end)
-                       for s, tokens in self.tokens.items()} if self.settings.get("aligned") else {}
+        self.files = {s: open(folder / f"{s}.bin", "rb") for s in SPLITS}
+        sizes = {s: len(self.tokens(s)) for s in SPLITS}
+        for split, size in sizes.items():
+            enough(name, split, size, self.block_size)
+        self.starts = {s: np.flatnonzero(self.tokens(s)[:-self.block_size] == self.end)
+                       for s in SPLITS} if self.settings.get("aligned") else {}
         for split, starts in self.starts.items():
             enough(name, split, self.block_size + len(starts), self.block_size)
-        retain, forget = (len(self.tokens[f"{d}_train"]) for d in ("retain", "forget"))
-        self.forget_share = forget / (retain + forget)
+        self.forget_share = sizes["forget_train"] / (sizes["retain_train"] + sizes["forget_train"])
+        self.shard = (0, 1)
+        self.resident = {}
+        if self.device.type == "cuda" and 2 * sum(sizes.values()) <= RESIDENT:
+            self.keep_on_device()
+
+    def tokens(self, split):
+        """A split's tokens, (N,) uint16. Mapped anew each time: pages once read would stay in
+        memory for as long as the mapping does."""
+        return np.memmap(self.files[split], np.uint16, mode="r")
+
+    def keep_on_device(self):
+        """From now on batches are cut out on the device, which waits for no copy of rows."""
+        self.resident = {s: torch.from_numpy(self.tokens(s).view(np.int16).copy()).to(self.device)
+                         for s in SPLITS}
+        self.columns = torch.arange(self.block_size + 1, device=self.device)
 
     def batch(self, split, size, step, seed, part="train"):
         """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
@@ -68,19 +85,35 @@ class Task:
                 retain, the rest forget, in the proportion of the data. Rows of short texts
                 (settings["aligned"]) begin where a text does: no question without its facts.
         part    train | val
+        Where several processes train together, self.shard = (rank, how many) of them, each gets
+        every so manieth row of a training batch.
         """
+        rank, world = self.shard if part == "train" else (0, 1)
+        if size % world:
+            raise BadInput(f"a batch of {size} rows does not divide over {world} processes: "
+                           f"choose another --batch_size")
+        domains = {split: size}
         if split == "all":
             forget = round(size * self.forget_share)
-            halves = [self.batch(s, n, step, seed, part)
-                      for s, n in (("retain", size - forget), ("forget", forget)) if n]
-            return tuple(torch.cat(pair) for pair in zip(*halves))
-        tokens, T = self.tokens[f"{split}_{part}"], self.block_size
-        rng = np.random.default_rng((seed, step, SPLITS.index(f"{split}_{part}")))
-        start = (rng.choice(self.starts[f"{split}_{part}"], size) if self.starts
-                 else rng.integers(0, len(tokens) - T, size))
-        rows = torch.from_numpy(tokens[start[:, None] + np.arange(T + 1)].astype(np.int64))
-        rows = rows.to(self.device)
+            domains = {"retain": size - forget, "forget": forget}
+        rows = torch.cat([self.rows(f"{s}_{part}", n, step, seed)
+                          for s, n in domains.items() if n])[rank::world]
         return rows[:, :-1], rows[:, 1:]
+
+    def rows(self, split, size, step, seed):
+        """(size, T + 1) tokens of a split, int64: see batch."""
+        T, tokens = self.block_size, self.resident[split] if self.resident else self.tokens(split)
+        rng = np.random.default_rng((seed, step, SPLITS.index(split)))
+        start = (rng.choice(self.starts[split], size) if self.starts
+                 else rng.integers(0, len(tokens) - T, size))
+        if not self.resident:
+            rows = tokens[start[:, None] + np.arange(T + 1)].astype(np.int64)
+            return torch.from_numpy(rows).to(self.device)
+        start = torch.from_numpy(start)
+        if self.device.type == "cuda":
+            start = start.pin_memory().to(self.device, non_blocking=True)
+        rows = tokens[start[:, None] + self.columns]
+        return rows.long() & 0xFFFF                       # back from int16 to uint16's values
 
     @torch.no_grad()
     def loss(self, model, domain, rows=64):
@@ -121,21 +154,24 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     if block_size and block_size < least:
         raise BadInput(f"--block_size={block_size}: {name} needs rows of at least {least} tokens")
     folder = Path(folder or FOLDER) / name
-    meta = read_meta(folder)
     for knob in ("source", "source2"):
         if asked.get(knob) == "":
             raise BadInput(f"--{knob} is empty: give a path or a URL")
         if asked.get(knob) and "://" not in asked[knob]:
             asked[knob] = str(Path(asked[knob]).resolve())        # one file, one name
-        elif knob in asked and asked[knob] is None and meta:
-            asked[knob] = meta["made_with"].get(knob)             # no source given: the one before
-    if not meta or meta["made_with"] != asked:
-        meta = prepare(name, folder, asked, block_size)
-    for file, facts in meta["files"].items():
-        if sha256(folder / file) != facts["sha256"]:
-            raise BadInput(f"{folder / file} is damaged (its checksum does not fit): "
-                           f"delete the folder {folder} to make it again")
-    return Task(name, folder, meta, block_size, device)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder.parent, wait=True):             # while another run makes data there, we wait
+        meta = read_meta(folder)
+        for knob in ("source", "source2"):
+            if knob in asked and asked[knob] is None and meta:
+                asked[knob] = meta["made_with"].get(knob)         # no source given: the one before
+        if not meta or meta["made_with"] != asked:
+            meta = prepare(name, folder, asked, block_size)
+        for file, facts in meta["files"].items():
+            if sha256(folder / file) != facts["sha256"]:
+                raise BadInput(f"{folder / file} is damaged (its checksum does not fit): "
+                               f"delete the folder {folder} to make it again")
+        return Task(name, folder, meta, block_size, device)
 
 
 def read_meta(folder):
@@ -145,13 +181,18 @@ def read_meta(folder):
         return None
     try:
         meta = json.loads(path.read_text())
-        files = {"tokenizer.json", *(f"{s}.bin" for s in SPLITS)}
-        if set(meta["files"]) == files and isinstance(meta["made_with"], dict):
-            if all({"sha256", "bytes"} <= set(f) for f in meta["files"].values()):
-                return meta | {"facts": dict(meta["facts"])}
-    except (KeyError, TypeError, ValueError, OSError):
+        if meta.pop("sha256") == digest(meta):
+            return meta
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         pass
-    raise BadInput(f"{path} is damaged: delete the folder {folder} to make it again")
+    raise BadInput(f"{path} is damaged (its checksum does not fit): delete the folder {folder} to "
+                   f"make it again")
+
+
+def write_meta(folder, meta):
+    """meta.json, with the checksum of what it says."""
+    meta = meta | {"sha256": digest(meta)}
+    write(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
 def prepare(name, folder, knobs, block_size=None):
@@ -169,37 +210,18 @@ def prepare(name, folder, knobs, block_size=None):
     (folder / "meta.json").unlink(missing_ok=True)            # from here until the end: no data
     tokenizer.save(enc, folder / "tokenizer.json")
     for split in tqdm(SPLITS, desc="tokens", unit="split"):
-        docs, packed = texts[split], []
-        for i in range(0, len(docs), 10_000):                 # in chunks: lists of ints are large
-            for ids in enc.encode_ordinary_batch(docs[i:i + 10_000]):
-                packed.append(np.array(ids + [enc.n_vocab - 1], np.uint16).tobytes())
-        content = b"".join(packed)
-        enough(name, split, len(content) // 2, block_size or mod.SETTINGS[name]["block_size"])
-        write(folder / f"{split}.bin", content)
+        write(folder / f"{split}.bin", pack(enc, texts[split]))
+        enough(name, split, (folder / f"{split}.bin").stat().st_size // 2,
+               block_size or mod.SETTINGS[name]["block_size"])
     files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
              for f in ("tokenizer.json", *(f"{s}.bin" for s in SPLITS))}
     meta = {"task": name, "made_with": knobs, "facts": facts, "files": files}
-    write(folder / "meta.json", json.dumps(meta, indent=1).encode())
-    return meta
+    write_meta(folder, meta)
+    return json.loads(json.dumps(meta))                       # as the next run will read it
 
 
-def write(path, content):
-    """Bytes to a file, all or nothing: a temporary file is flushed, then renamed."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-
-
-def sha256(path):
-    """Hex digest of a file; empty for a missing one."""
-    if not Path(path).exists():
-        return ""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def pack(enc, docs):
+    """Yields the bytes of a .bin: texts as uint16 tokens, the end token after each."""
+    for i in range(0, len(docs), 10_000):                     # lists of ints are large
+        for ids in enc.encode_ordinary_batch(docs[i:i + 10_000]):
+            yield np.array(ids + [enc.n_vocab - 1], np.uint16).tobytes()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import BadInput, sha256
+from data.disk import sha256
+from data.knobs import BadInput
 
 
 def download(url, folder, knob="source", timeout=30, tries=5):

@@ -29,6 +29,20 @@ def knob(default, why, low=None, high=None, choices=None):
     return field(default=default, metadata=about)
 
 
+class Minutes(float):
+    """A time, written with its unit: 5m."""
+
+    def __new__(cls, value):
+        if isinstance(value, str):
+            if not value.endswith("m"):
+                raise ValueError
+            value = value[:-1]
+        return super().__new__(cls, value)
+
+    def __str__(self):
+        return f"{float(self):g}m"
+
+
 def convert(text, kind):
     """A command-line string as kind (a type, kind | None, list[kind]); ValueError if it is not."""
     if isinstance(kind, types.UnionType):                 # the first that fits: float | str
@@ -47,7 +61,7 @@ def convert(text, kind):
             raise ValueError
         return text.lower() == "true"
     value = kind(text)
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError
     return value
 
@@ -75,7 +89,8 @@ def check(name, value, choices, low, high):
 def command_line(config, story, argv=None):
     """Parses --knob=value (or --knob value) into a `config` dataclass; bad ones raise BadInput."""
     kinds = typing.get_type_hints(config)
-    names = {kind: str(kind).removeprefix("<class '").removesuffix("'>") for kind in kinds.values()}
+    names = {kind: str(kind).removeprefix("<class '").removesuffix("'>").replace("data.knobs.", "")
+             for kind in kinds.values()}
     parser = argparse.ArgumentParser(description=story, allow_abbrev=False, argument_default=
                                      argparse.SUPPRESS, formatter_class=
                                      argparse.RawDescriptionHelpFormatter)

@@ -1,10 +1,13 @@
 """What every story leaves behind: a table for people, JSON rows for scripts, a picture."""
 import dataclasses
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from data import write
+from data.disk import write
+
+RANK = int(os.environ.get("RANK", 0))      # which of the processes that torchrun started; 0 reports
 
 
 def table(rows, columns):
@@ -22,6 +25,8 @@ def table(rows, columns):
 
 def write_rows(script, cfg, task, rows):
     """OUT/TASK/SCRIPT.json: {"config", "rows"}; auto knobs as they were resolved."""
+    if RANK:
+        return
     path = Path(cfg.out) / cfg.task / f"{script}.json"
     config = dataclasses.asdict(cfg) | {"block_size": task.block_size, "device": task.device.type}
     config |= {k: v for k, v in task.made_with.items() if k in config}
@@ -32,6 +37,9 @@ def write_rows(script, cfg, task, rows):
 @contextmanager
 def figure(script, cfg, panels):
     """Yields `panels` axes and saves OUT/TASK/SCRIPT.png; without matplotlib, None and one line."""
+    if RANK:
+        yield None
+        return
     try:
         import matplotlib
     except ImportError:

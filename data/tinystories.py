@@ -95,7 +95,7 @@ def score(model, task, domains=("retain", "forget"), quick=False):
     figures = {domain: task.loss(model, domain, 32 if quick else 256) for domain in domains}
     if not quick:
         for domain in domains:
-            tokens, size = len(task.tokens[f"{domain}_val"]), task.facts["bytes"][f"{domain}_val"]
+            tokens, size = len(task.tokens(f"{domain}_val")), task.facts["bytes"][f"{domain}_val"]
             figures[f"{domain}_bits_per_byte"] = figures[domain] / math.log(2) * tokens / size
     return figures
 

@@ -1,5 +1,4 @@
 """What the tests share: small arithmetic data, made once, and computing in float32."""
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -37,10 +36,9 @@ def scripts_folder(folder, tmp_path_factory):
     so that data.load takes the small files as they are."""
     copy = tmp_path_factory.mktemp("scripts_data")
     shutil.copytree(folder, copy, dirs_exist_ok=True)
-    path = copy / "arithmetic" / "meta.json"
-    meta = json.loads(path.read_text())
+    meta = data.read_meta(copy / "arithmetic")
     meta["made_with"] |= arithmetic.KNOBS
-    path.write_text(json.dumps(meta))
+    data.write_meta(copy / "arithmetic", meta)
     return copy
 
 

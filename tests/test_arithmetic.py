@@ -292,16 +292,12 @@ def test_rows_are_slices_of_their_file(domain, part, aligned, folder, task, monk
 def test_the_last_token_is_reached(task, monkeypatch):
     """Rows of a file that holds just one or two: the first and last token of the file are there."""
     monkeypatch.setattr(task, "starts", {})
-    kept = dict(task.tokens)
-    try:
-        T = task.block_size
-        for n in (1, 2):
-            task.tokens["retain_train"] = np.arange(T + n, dtype=np.uint16)
-            x, y = task.batch("retain", 50, 0, 0)
-            assert x.min() == 0 and y.max() == T + n - 1
-            assert sorted(set(x[:, 0].tolist())) == list(range(n))
-    finally:
-        task.tokens = kept
+    T = task.block_size
+    for n in (1, 2):
+        monkeypatch.setattr(task, "tokens", lambda split: np.arange(T + n, dtype=np.uint16))
+        x, y = task.batch("retain", 50, 0, 0)
+        assert x.min() == 0 and y.max() == T + n - 1
+        assert sorted(set(x[:, 0].tolist())) == list(range(n))
 
 
 def test_a_batch_is_a_function_of_its_arguments(task):
@@ -319,18 +315,14 @@ def test_a_batch_is_a_function_of_its_arguments(task):
 def test_splits_are_drawn_apart(task, monkeypatch):
     """Files of the same length, yet other rows: one domain's choice says nothing of the other's."""
     monkeypatch.setattr(task, "starts", {})
-    kept = dict(task.tokens)
-    try:
-        task.tokens = dict.fromkeys(kept, np.arange(5000, dtype=np.uint16))
-        drawn = [task.batch(d, 20, 0, 0, part)[0][:, 0].tolist() for d in ("retain", "forget")
-                 for part in ("train", "val")]
-    finally:
-        task.tokens = kept
+    monkeypatch.setattr(task, "tokens", lambda split: np.arange(5000, dtype=np.uint16))
+    drawn = [task.batch(d, 20, 0, 0, part)[0][:, 0].tolist() for d in ("retain", "forget")
+             for part in ("train", "val")]
     assert not any(a == b for i, a in enumerate(drawn) for b in drawn[:i])
 
 
 def test_all_is_both_in_proportion(task):
-    size = {d: len(task.tokens[f"{d}_train"]) for d in ("retain", "forget")}
+    size = {d: len(task.tokens(f"{d}_train")) for d in ("retain", "forget")}
     share = size["forget"] / sum(size.values())
     assert task.forget_share == pytest.approx(share)
     for n in (1, 2, 9, 64):
@@ -351,7 +343,7 @@ def test_uneven_proportion(tmp_path, monkeypatch):
     arithmetic_documents = arithmetic.documents
     monkeypatch.setattr(arithmetic, "documents", documents)
     task = data.load("arithmetic", folder=tmp_path, problems=100)
-    sizes = [len(task.tokens[f"{d}_train"]) for d in ("retain", "forget")]
+    sizes = [len(task.tokens(f"{d}_train")) for d in ("retain", "forget")]
     forget = round(64 * sizes[1] / sum(sizes))
     assert 12 < forget < 20
     x, _ = task.batch("all", 64, 0, 0)

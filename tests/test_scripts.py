@@ -457,7 +457,7 @@ def test_disk_that_is_full(home):
     """The rows do not fit: one line, after all that was computed, and no half a file."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    (home.out / "arithmetic" / "score.json.tmp").symlink_to("/dev/full")
+    (home.out / "arithmetic" / f"score.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     status, out, err = home.call("eval", "--what=score")
     assert status == 2 and "No space left" in err and "Traceback" not in err
     assert not (home.out / "arithmetic" / "score.json").exists()
@@ -524,5 +524,6 @@ def test_config_in_the_rows_is_resolved(script, home, trained, undone):
     saved = {"train": lambda: trained.rows("train"), "unlearn": lambda: home.rows("unlearn"),
              "undo": lambda: undone.rows("undo", "tinystories")}[script]()
     shaping = {f.name for f in dataclasses.fields(SCRIPTS[script].Config)} - {
-        "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "compile", "layer"}
+        "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "compile", "layer",
+        "resume"}
     assert not {k for k in shaping if saved["config"][k] is None}

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 
@@ -347,7 +348,7 @@ def test_loss_that_is_not_finite(at, tmp_path, task):
     cfg, evaluated = dataclasses.replace(CFG, out=str(tmp_path)), []
     model = tiny(vocab_size=task.vocab_size)
 
-    def make():
+    def make(keep):
         return model, fit(model, lambda m, step: on_rows(m, step) * (math.nan if step == at else 1),
                           cfg, 8, 0.01, name="fragile", evaluate=lambda: evaluated.append(1) or {})
 
@@ -363,7 +364,7 @@ def shelf(tmp_path, task):
     cfg, made = dataclasses.replace(CFG, out=str(tmp_path)), []
 
     def get(made_with={"lr": 0.1, "split": "all"}, task=task, cfg=cfg):
-        def make():
+        def make(keep):
             made.append(1)
             model = tiny(len(made), vocab_size=task.vocab_size)
             return model, {"steps": 1, "flops": 5, "seconds": 1.0, "history": [{"step": 1}]}
@@ -542,10 +543,10 @@ def test_unfinished_data_is_no_data(copy, monkeypatch):
 def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "f"
     data.write(path, b"old")
-    monkeypatch.setattr(data.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(BadInput, match=f"cannot write {path}: disk full"):
         data.write(path, b"new" * 1000)
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_unknown_task_and_knobs(tmp_path):

@@ -1,0 +1,104 @@
+"""Files that are whole or not there, and folders that one run writes at a time."""
+import hashlib
+import io
+import json
+import os
+import pickle
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from data.knobs import BadInput
+
+try:
+    import fcntl
+except ImportError:              # Windows: two runs at once in one folder are not noticed there
+    fcntl = None
+
+SEAL = b"sha256:"                # a sealed file is its content, then SEAL and the content's digest
+
+
+def write(path, content):
+    """Bytes, or an iterable of them, to a file, all or nothing: a temporary file beside it is
+    flushed and then renamed. BadInput when that fails, on a full disk say: the old file stays.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as f:
+            f.writelines([content] if isinstance(content, bytes) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}" + (
+            "; the one there is untouched" if path.exists() else "")) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path):
+    """Hex digest of a file; empty for a missing one."""
+    if not Path(path).exists():
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_sealed(path, content):
+    """A dict of tensors and plain values to a file, by torch.save, with its digest at the end."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    body = buffer.getvalue()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write(path, [body, SEAL, hashlib.sha256(body).digest()])
+
+
+def read_sealed(path, device="cpu"):
+    """What write_sealed wrote; ValueError, in one line, when any byte of it is another. Pickles
+    that hold more than tensors and plain values are refused and not run.
+    """
+    content = Path(path).read_bytes()
+    cut = len(content) - len(SEAL) - 32
+    if cut <= 0 or content[cut:] != SEAL + hashlib.sha256(content[:cut]).digest():
+        raise ValueError(f"{path} is damaged (its checksum does not fit): delete it to make it "
+                         f"again")
+    try:
+        return torch.load(io.BytesIO(content[:cut]), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError, EOFError,
+            AttributeError, AssertionError) as error:
+        raise ValueError(f"{path} is not a file of this project ({type(error).__name__})") from None
+
+
+def digest(content):
+    """SHA-256 of a dict's JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def alone(folder, wait=False):
+    """Takes a folder for this process, or until the `with` ends: a second run that asks for it
+    waits, or is refused (BadInput). A process that ends, in whatever way, takes nothing with it.
+    """
+    if not fcntl:
+        yield
+        return
+    taken = os.open(folder, os.O_RDONLY)                  # the folder itself: leaves no file
+    try:
+        try:
+            fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise BadInput(f"another run is at work in {folder}: wait for it, or choose "
+                               f"another --out") from None
+            print(f"waiting for another run that is at work in {folder}")
+            fcntl.flock(taken, fcntl.LOCK_EX)
+        except OSError:                                   # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(taken)
