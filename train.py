@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -228,12 +229,14 @@ def should_compile(cfg, flops):
 # the loop
 
 
-# torch counts attention's FLOPs on a GPU only; the shapes are those of q, k and v
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+def counting_flops():
+    """Counts the FLOPs of every matrix product inside it: .get_total_flops()."""
+    # torch counts attention's on a GPU only; the shapes are those of q, k and v
+    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+           lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+           torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+           lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    return FlopCounterMode(display=False, custom_mapping=cpu)
 
 
 def optimizers(model, lr, muon_lr):
@@ -270,7 +273,7 @@ class Run:
         self.optimizers = optimizers(model, lr, muon_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.steps = self.flops = self.flops_per_step = 0
-        self.over = False
+        self.over = self.recorded = False
         self.seconds = 0.0
         self.history, self.since = [], []       # since: [loss, gradient norm] of the last few steps
         self.saved, self.saved_at = 0, time.time()
@@ -306,6 +309,13 @@ class Run:
         self.steps, self.flops = checkpoint["steps"], checkpoint["flops"]
         self.history, self.saved = checkpoint["history"], self.steps
 
+    def compile(self, models):
+        """Fuses each model's kernels. On a GPU, where small models wait for their launches, a step
+        is recorded once and replayed (CUDA graphs)."""
+        self.recorded = WORLD == 1 and hardware(self.cfg)[0].type == "cuda"
+        for model in models:
+            model.compile(dynamic=False, mode="reduce-overhead" if self.recorded else None)
+
     def due(self):
         """Whether --save_every has passed; minutes are looked at every tenth step."""
         every = self.cfg.save_every
@@ -315,6 +325,8 @@ class Run:
 
     def step(self, loss_fn, model, after_backward, after_step, rate):
         """One step of every optimizer at `rate` of its peak rate; nothing waits for the device."""
+        if self.recorded:
+            torch.compiler.cudagraph_mark_step_begin()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
@@ -385,7 +397,7 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
     at = Run(model, cfg, lr, muon_lr)
     if keep:
         at.resume(keep)
-    whole = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    whole = together(model) if WORLD > 1 else model
     compiled, start = False, time.time() - at.seconds
     with patience() as signals, tqdm(total=steps, initial=at.steps, desc=name, unit="step",
                                      leave=False, mininterval=0.5, disable=RANK > 0) as bar:
@@ -393,13 +405,12 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
             rate = min(1.0, (steps - at.steps) / (decay * steps)) if decay else 1.0
             do = loss_fn, whole, after_backward, after_step, rate
             if not at.flops_per_step:          # counted once, eagerly: every step costs the same
-                with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                with counting_flops() as counter:
                     at.step(*do)
                 at.flops_per_step = counter.get_total_flops() * WORLD
             else:
                 if not compiled and should_compile(cfg, at.flops_per_step * steps / WORLD):
-                    for m in (model, *frozen):
-                        m.compile(dynamic=False)
+                    at.compile([model, *frozen])
                 compiled = True
                 at.step(*do)
             at.flops += at.flops_per_step
@@ -429,6 +440,13 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                         f"saved in {keep.path}" if keep else "models made are kept")
                     + "; run the same command again to go on", (signals or [signal.SIGTERM])[0])
     return at.record()
+
+
+def together(model):
+    """The model, its gradients averaged over all processes as they are computed."""
+    with warnings.catch_warnings():                 # torch 2.13 has a new name for the argument
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def agree(cfg, signals):

@@ -194,9 +194,9 @@ def draw(axes, rows, task, cfg, step):
         axes[1].plot(mean(cfg.method, lambda r: r["compute_pct"]), 0, "s", color="#D55E00",
                      markersize=9, label=f"{cfg.method} (unlearned)")
         axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")
+        axes[1].legend(fontsize=9, loc="lower right")
     axes[1].set(xlabel="compute after pretraining (% of retraining without the data)",
                 ylabel=f"robustness after {step} steps (%)", title="What robustness costs")
-    axes[1].legend(fontsize=9, loc="lower right")
 
 
 def main(cfg):

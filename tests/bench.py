@@ -1,0 +1,270 @@
+"""What each trick buys: ours beside the plain way, measured in turns (A B A B) in this process.
+
+    python tests/bench.py                 about two minutes on a CPU, compiling included
+    python tests/bench.py --device=cpu --compile=false
+
+Ratios are between medians of the same run, since machines are shared and noisy; never compare
+seconds of two runs. Rows go to OUT/bench.json.
+"""
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import train  # noqa: E402
+from data import arithmetic, tokenizer  # noqa: E402
+from data.disk import write  # noqa: E402
+from data.knobs import knob  # noqa: E402
+from data.report import table  # noqa: E402
+from eval import Attack, relearn  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+SIZES = {   # name: model, rows in a batch
+    "0.8M": (GPTConfig(512, 32, 4, 4, 128), 256),
+    "7M": (GPTConfig(4096, 256, 6, 8, 256), 16),
+    "30M": (GPTConfig(8192, 512, 8, 8, 512), 32),
+    "124M": (GPTConfig(50304, 1024, 12, 12, 768), 16)}
+WANTED = {  # device: row: the least ratio, or share of the peak, to reach
+    "cpu": {"step 0.8M": 2, "step 7M": 3, "peak 7M": 0.5, "generate 8": 15, "batch": 10,
+            "score": 20},
+    "cuda": {"step 7M": 4, "peak 124M": 0.45}}
+
+
+@dataclass
+class Config(train.Common):
+    only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "score",
+                                                   "attack", "linear"])
+    turns: int = knob(3, "how often each way has its turn", 1)
+
+
+def wait(cfg):
+    if train.hardware(cfg)[0].type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(cfg, **ways):
+    """Median seconds of each way: all once to warm up, then all in turns."""
+    seconds = {name: [] for name in ways}
+    for turn in range(cfg.turns + 1):
+        for name, way in ways.items():
+            wait(cfg)
+            start = time.perf_counter()
+            way()
+            wait(cfg)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def random_task(config, device, folder, tokens=1_000_000):
+    """A Task of random tokens, as long as asked."""
+    enc = tokenizer.train(["random"], 300, "bench")
+    tokenizer.save(enc, folder / "tokenizer.json")
+    for split in data.SPLITS:
+        drawn = np.random.default_rng(0).integers(0, config.vocab_size, tokens, np.uint16)
+        write(folder / f"{split}.bin", drawn.tobytes())
+    return data.Task("tinystories", folder, {"made_with": {}, "facts": {}, "files": {}},
+                     config.block_size, device)
+
+
+def plain_batch(task, size):
+    """Row by row, as a first loop does it."""
+    tokens, T = task.tokens("retain_train"), task.block_size
+    starts = torch.randint(len(tokens) - T, (size,))
+    x = torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in starts])
+    y = torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + T].astype(np.int64)) for i in starts])
+    return x.to(task.device), y.to(task.device)
+
+
+def peak(cfg):
+    """FLOP/s of the best square matrix product, in the dtype that training computes in."""
+    device, dtype, _ = train.hardware(cfg)
+    best = 0
+    for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        best = max(best, 2 * n ** 3 / in_turns(cfg, product=lambda: a @ b)["product"])
+    return best
+
+
+def bench_step(cfg, rows):
+    device, _, _ = train.hardware(cfg)
+    top = peak(cfg)
+    for name in list(SIZES)[:None if device.type == "cuda" else 2]:
+        config, size = SIZES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            task = random_task(config, device, Path(folder))
+
+            plain = GPT(config).to(device)
+            adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, foreach=False, fused=False)
+
+            def plain_steps(n=3):
+                for _ in range(n):
+                    idx, targets = plain_batch(task, size)
+                    logits = plain(idx)
+                    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                    adamw.zero_grad()
+                    loss.backward()
+                    adamw.step()
+                    loss.item()
+
+            ours = GPT(config).to(device)
+            run = train.Run(ours, cfg, 6e-3, 0.02)
+            if train.should_compile(cfg, 1e15):
+                run.compile([ours])
+
+            def our_steps(n=10):
+                for _ in range(n):
+                    run.step(lambda model, step: model(*task.batch("retain", size, step, 0)),
+                             ours, None, None, 1.0)
+                run.loss("bench", None)
+                run.since = []
+
+            with train.counting_flops() as counter:
+                counted = train.Run(GPT(config).to(device), cfg, 6e-3, 0.02)
+                counted.step(lambda model, step: model(*task.batch("retain", size, step, 0)),
+                             counted.model, None, None, 1.0)
+            took = in_turns(cfg, plain=plain_steps, ours=our_steps)
+        tokens = size * config.block_size
+        speed = {"plain": 3 * tokens / took["plain"], "ours": 10 * tokens / took["ours"]}
+        rows.append({"row": f"step {name}", "unit": "tokens/s"} | speed)
+        achieved = counter.get_total_flops() * speed["ours"] / tokens
+        rows.append({"row": f"peak {name}", "unit": "GFLOP/s; plain: the matrix peak",
+                     "plain": top / 1e9, "ours": achieved / 1e9})
+
+
+def bench_generate(cfg, rows, new=128, skip=8):
+    """Against recomputing the whole prefix for every token, at the same precision. What that costs
+    grows evenly with the prefix: every `skip`-th token is enough to know it.
+    """
+    config, _ = SIZES["7M"]
+    device, _, _ = train.hardware(cfg)
+    model = GPT(config).to(device)
+    for block in model.blocks:                     # so that tokens differ
+        torch.nn.init.normal_(block.attn.proj.weight, std=0.1)
+        torch.nn.init.normal_(block.mlp.down.weight, std=0.1)
+
+    @torch.no_grad()
+    def recompute(prompts):
+        idx = torch.tensor(prompts, device=device).repeat(1, 2)
+        for T in range(config.block_size - new + skip // 2, config.block_size, skip):
+            model.unembed(model.residuals(idx[:, :T])[-1][:, -1]).argmax(-1)
+
+    for size in (1, 8, 64):
+        prompts = torch.randint(config.vocab_size, (size, config.block_size - new)).tolist()
+        with train.autocast(cfg):
+            took = in_turns(cfg, plain=lambda: recompute(prompts),
+                            ours=lambda: model.generate(prompts, new))
+        rows.append({"row": f"generate {size}", "unit": "tokens/s",
+                     "plain": size * new / skip / took["plain"], "ours": size * new / took["ours"]})
+
+
+def bench_batch(cfg, rows):
+    config, size = SIZES["0.8M"]
+    with tempfile.TemporaryDirectory() as folder:
+        task = random_task(config, "cpu", Path(folder))
+        took = in_turns(cfg, plain=lambda: [plain_batch(task, size) for _ in range(10)],
+                        ours=lambda: [task.batch("retain", size, i, 0) for i in range(10)])
+    rows.append({"row": "batch", "unit": "rows/s", **{k: 10 * size / s for k, s in took.items()}})
+
+
+def small_task(cfg):
+    """Arithmetic, briefly learnt: answers end, as they do after training."""
+    task = data.load("arithmetic", cfg.data_dir, device=train.hardware(cfg)[0])
+    model = GPT(GPTConfig(task.vocab_size, task.block_size)).to(task.device)
+    short = dataclasses.replace(cfg, compile=False)
+    train.fit(model, lambda model, step: model(*task.batch("all", 32, step, 0)), short, 30, 6e-3,
+              0.02)
+    return task, model
+
+
+def bench_score(cfg, rows):
+    """Answers to equations, all at once against one after the other."""
+    task, model = small_task(cfg)
+    problems = arithmetic.exam("+", "equations", 400, False, task.made_with["heldout_pairs"])
+    with train.autocast(cfg):
+        took = in_turns(dataclasses.replace(cfg, turns=1),
+                        plain=lambda: [arithmetic.accuracy(model, task, [p]) for p in problems],
+                        ours=lambda: arithmetic.accuracy(model, task, problems))
+    rows.append({"row": "score", "unit": "problems/s", **{k: 400 / s for k, s in took.items()}})
+
+
+def bench_attack(cfg, rows):
+    """Tokens/s of the whole relearning attack, scores included, against plain training's."""
+    task, model = small_task(cfg)
+    attack = Attack(**train.common(cfg))
+    attack = train.fill(attack, task, "attack")
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False)
+
+    def plain_steps():
+        for _ in range(20):
+            idx, targets = plain_batch(task, attack.attack_rows)
+            loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+            adamw.zero_grad()
+            loss.backward()
+            adamw.step()
+            loss.item()
+
+    took = in_turns(dataclasses.replace(cfg, turns=1), plain=plain_steps,
+                    ours=lambda: relearn(model, task, attack))
+    tokens = attack.attack_rows * task.block_size
+    steps = {"plain": 20, "ours": len(attack.lrs) * max(attack.attack_steps)}
+    rows.append({"row": "attack", "unit": "tokens/s",
+                 **{k: steps[k] * tokens / s for k, s in took.items()}})
+
+
+def bench_linear(cfg, rows, steps=400):
+    """Steps/s in the last quarter of a long run against the first: a run costs what its tokens do.
+    """
+    config, _ = SIZES["0.8M"]
+    with tempfile.TemporaryDirectory() as folder:
+        task = random_task(config, train.hardware(cfg)[0], Path(folder))
+        at = []
+
+        def loss_fn(model, step):
+            if step % (steps // 4) == 0:
+                wait(cfg)
+                at.append(time.perf_counter())
+            return model(*task.batch("retain", 32, step, 0))
+
+        train.fit(GPT(config).to(task.device), loss_fn, dataclasses.replace(cfg, compile=False),
+                  steps + 1, 6e-3, 0.02, name="linear")
+    rows.append({"row": "linear", "unit": "steps/s", "plain": steps / 4 / (at[1] - at[0]),
+                 "ours": steps / 4 / (at[4] - at[3])})
+
+
+def main(cfg):
+    rows, device = [], train.hardware(cfg)[0].type
+    parts = {"step": bench_step, "generate": bench_generate, "batch": bench_batch,
+             "score": bench_score, "attack": bench_attack, "linear": bench_linear}
+    for name, part in tqdm(parts.items(), desc="bench", leave=False):
+        if cfg.only in ("all", name):
+            part(cfg, rows)
+    for row in rows:
+        row["ratio"] = row["ours"] / row["plain"]
+        row["wanted"] = WANTED.get(device, {}).get(row["row"])
+    hardware = torch.cuda.get_device_name() if device == "cuda" else (
+        f"CPU, {torch.get_num_threads()} threads")
+    print(f"{hardware}, torch {torch.__version__}, {train.hardware(cfg)[1]}")
+    table([row | {k: f"{row[k]:,.0f}" for k in ("plain", "ours")} | {"ratio": f"{row['ratio']:.2f}"}
+           for row in rows], {"row": "row", "plain": "plain", "ours": "ours", "unit": "unit",
+                              "ratio": "ours / plain", "wanted": "wanted"})
+    path = Path(cfg.out) / "bench.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps({"config": dataclasses.asdict(cfg) | {"hardware": hardware},
+                            "rows": rows}, indent=1).encode())
+    print(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    train.run(main, Config, __doc__)
