@@ -32,7 +32,7 @@ from model import GPT, GPTConfig  # noqa: E402
 
 SIZES = {   # name: model, rows in a batch
     "0.8M": (GPTConfig(512, 32, 4, 4, 128), 256),
-    "7M": (GPTConfig(4096, 256, 6, 8, 256), 16),
+    "7M": (GPTConfig(4096, 256, 6, 4, 256), 16),
     "30M": (GPTConfig(8192, 512, 8, 8, 512), 32),
     "124M": (GPTConfig(50304, 1024, 12, 12, 768), 16)}
 WANTED = {  # device: row: the least ratio, or share of the peak, to reach
