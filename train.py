@@ -6,7 +6,6 @@
 
 fit() is the only loop. A technique hands it a loss function and perhaps a mask.
 """
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -14,18 +13,13 @@ import math
 import os
 import shutil
 import signal
-import sys
-import threading
 import time
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import (
     FlopCounterMode,
@@ -36,13 +30,12 @@ from tqdm import tqdm
 
 import data
 from data.disk import alone
-from data.knobs import BadInput, Minutes, command_line, knob
-from data.report import RANK, figure, table, write_rows
+from data.knobs import BadInput, Minutes, knob
+from data.process import LOCAL_RANK, RANK, WORLD, anywhere, patience, run, together
+from data.report import figure, table, write_rows
 from model import GPT, GPTConfig, read_model, write_model
 
 say_once = cache(print)
-WORLD = int(os.environ.get("WORLD_SIZE", 1))        # processes that train together, by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # which of this machine's GPUs is this one's
 
 # ---------------------------------------------------------------------------------------------
 # command line: one knob a line
@@ -82,78 +75,6 @@ class Config(Common):
     lr: float | None = knob(None, "AdamW's rate (the embedding)", 0, 1)
     muon_lr: float | None = knob(None, "Muon's rate (the blocks' matrices); 0: AdamW for all", 0, 1)
     name: str = knob("both", "which model to make", choices=["both", "base", "filtered"])
-
-
-def run(main, config, story):
-    """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
-    keep_memory()
-    if RANK:                                        # torchrun: the first process speaks for all
-        sys.stdout = open(os.devnull, "w")
-    try:
-        signal.signal(signal.SIGTERM, end_at_once)
-        cfg = command_line(config, story)
-        if WORLD > 1:
-            dist.init_process_group()
-        main(cfg)
-    except (BadInput, OSError) as error:
-        sys.exit(complain(error, 2))
-    except KeyboardInterrupt as stop:
-        by, = stop.args[1:] or [signal.SIGINT]
-        sys.exit(complain(stop.args[0] if stop.args else "interrupted; models made are kept, run "
-                          "the same command again", 128 + by))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        sys.exit(complain("out of memory: a smaller --batch_size, --block_size or model needs "
-                          "less; what is on disk is whole", 2))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def end_at_once(number, frame):
-    raise KeyboardInterrupt("terminated; models made are kept, run the same command again", number)
-
-
-@contextmanager
-def patience():
-    """SIGINT and SIGTERM do not end the program here: they are put on the list that this yields,
-    so that a step can be finished and saved. A second one ends it."""
-    asked, before = [], {}
-
-    def ask(number, frame):
-        asked.append(number)
-        if WORLD == 1:                              # torchrun passes on each signal twice
-            restore()
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    main = threading.current_thread() is threading.main_thread()      # others may not set handlers
-    for number in (signal.SIGINT, signal.SIGTERM) if main else ():
-        before[number] = signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        restore()
-
-
-def keep_memory():
-    """Tells glibc to keep what is freed. A step's tensors of some MB are otherwise given back to
-    the kernel, which hands out zeroed pages again at the next step: 15% of a small CPU step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):              # not glibc
-        return
-    mallopt(-3, 32 << 20)                                     # M_MMAP_THRESHOLD, its largest value
-    mallopt(-1, 1 << 30)                                      # M_TRIM_THRESHOLD
-
-
-def complain(message, status):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return status
 
 
 def common(cfg):
@@ -268,11 +189,12 @@ class Run:
     """
 
     def __init__(self, model, cfg, lr, muon_lr):
-        device, dtype, _ = hardware(cfg)
         self.model, self.cfg = model, cfg
+        self.device, dtype, _ = hardware(cfg)
         self.optimizers = optimizers(model, lr, muon_lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.steps = self.flops = self.flops_per_step = 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.steps = self.flops = 0
+        self.flops_per_step = None              # counted in the first step
         self.over = self.recorded = False
         self.seconds = 0.0
         self.history, self.since = [], []       # since: [loss, gradient norm] of the last few steps
@@ -298,12 +220,13 @@ class Run:
         same_knobs(keep.path, checkpoint["made_with"], keep.made_with, "; --resume=false starts "
                    "anew")
         self.model.load_state_dict(checkpoint["model"])
+        if "run" not in checkpoint:
+            raise BadInput(f"{keep.path} is a finished model, not a stopped run: rename it")
         run = checkpoint["run"]
         for optimizer, state in zip(self.optimizers, run["optimizers"]):
             optimizer.load_state_dict(state)
         self.scaler.load_state_dict(run["scaler"])
-        device = next(self.model.parameters()).device
-        self.since = [torch.tensor(x, device=device) for x in run["since"]]
+        self.since = [torch.tensor(x, device=self.device) for x in run["since"]]
         self.flops_per_step, self.seconds = run["flops_per_step"], run["seconds"]
         self.over = run["over"]
         self.steps, self.flops = checkpoint["steps"], checkpoint["flops"]
@@ -312,7 +235,7 @@ class Run:
     def compile(self, models):
         """Fuses each model's kernels. On a GPU, where small models wait for their launches, a step
         is recorded once and replayed (CUDA graphs)."""
-        self.recorded = WORLD == 1 and hardware(self.cfg)[0].type == "cuda"
+        self.recorded = WORLD == 1 and self.device.type == "cuda"
         for model in models:
             model.compile(dynamic=False, mode="reduce-overhead" if self.recorded else None)
 
@@ -404,7 +327,7 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
         while not at.over:
             rate = min(1.0, (steps - at.steps) / (decay * steps)) if decay else 1.0
             do = loss_fn, whole, after_backward, after_step, rate
-            if not at.flops_per_step:          # counted once, eagerly: every step costs the same
+            if at.flops_per_step is None:      # counted once, eagerly: every step costs the same
                 with counting_flops() as counter:
                     at.step(*do)
                 at.flops_per_step = counter.get_total_flops() * WORLD
@@ -417,7 +340,9 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
             bar.update()
             at.over, tenth = at.steps == steps, at.steps % 10 == 0
             written = at.over or at.steps in evaluate_at
-            ended = agree(cfg, signals) if WORLD > 1 and tenth else WORLD == 1 and bool(signals)
+            ended = bool(signals) and WORLD == 1
+            if WORLD > 1 and tenth:
+                ended = anywhere(signals != [], at.device)
             save = keep and at.due()
             if not (written or tenth or save or ended):
                 continue
@@ -440,20 +365,6 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                         f"saved in {keep.path}" if keep else "models made are kept")
                     + "; run the same command again to go on", (signals or [signal.SIGTERM])[0])
     return at.record()
-
-
-def together(model):
-    """The model, its gradients averaged over all processes as they are computed."""
-    with warnings.catch_warnings():                 # torch 2.13 has a new name for the argument
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
-
-
-def agree(cfg, signals):
-    """Whether any process was sent a signal."""
-    count = torch.tensor(float(len(signals)), device=hardware(cfg)[0])
-    dist.all_reduce(count)
-    return count.item() > 0
 
 
 def figures(cfg, evaluate):

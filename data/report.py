@@ -1,13 +1,11 @@
 """What every story leaves behind: a table for people, JSON rows for scripts, a picture."""
 import dataclasses
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
 from data.disk import write
-
-RANK = int(os.environ.get("RANK", 0))      # which of the processes that torchrun started; 0 reports
+from data.process import RANK
 
 
 def table(rows, columns):

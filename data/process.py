@@ -1,0 +1,108 @@
+"""A script as a process: how it begins, is told to stop, and ends; alone or one of several.
+
+torchrun starts the same script several times and tells each who it is by environment variables.
+"""
+import ctypes
+import os
+import signal
+import sys
+import threading
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data.knobs import BadInput, command_line
+
+RANK = int(os.environ.get("RANK", 0))               # which of them this is: 0 reports and writes
+WORLD = int(os.environ.get("WORLD_SIZE", 1))        # how many train together
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # which of this machine's GPUs is this one's
+
+
+def run(main, config, story):
+    """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
+    keep_memory()
+    if RANK:                                        # torchrun: the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
+    try:
+        signal.signal(signal.SIGTERM, end_at_once)
+        cfg = command_line(config, story)
+        if WORLD > 1:
+            dist.init_process_group()
+        main(cfg)
+    except (BadInput, OSError) as error:
+        sys.exit(complain(error, 2))
+    except KeyboardInterrupt as stop:
+        by, = stop.args[1:] or [signal.SIGINT]
+        sys.exit(complain(stop.args[0] if stop.args else "interrupted; models made are kept, run "
+                          "the same command again", 128 + by))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(complain("out of memory: a smaller --batch_size, --block_size or model needs "
+                          "less; what is on disk is whole", 2))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def end_at_once(number, frame):
+    raise KeyboardInterrupt("terminated; models made are kept, run the same command again", number)
+
+
+@contextmanager
+def patience():
+    """SIGINT and SIGTERM do not end the program here: they are put on the list that this yields,
+    so that a step can be finished and saved. A second one ends it."""
+    asked, before = [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        if WORLD == 1:                              # torchrun passes on each signal twice
+            restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    main = threading.current_thread() is threading.main_thread()      # others may not set handlers
+    for number in (signal.SIGINT, signal.SIGTERM) if main else ():
+        before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
+
+
+def keep_memory():
+    """Tells glibc to keep what is freed. A step's tensors of some MB are otherwise given back to
+    the kernel, which hands out zeroed pages again at the next step: 15% of a small CPU step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):              # not glibc
+        return
+    mallopt(-3, 32 << 20)                                     # M_MMAP_THRESHOLD, its largest value
+    mallopt(-1, 1 << 30)                                      # M_TRIM_THRESHOLD
+
+
+def complain(message, status):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return status
+
+
+def together(model):
+    """The model, its gradients averaged over all processes as they are computed."""
+    with warnings.catch_warnings():                 # torch 2.13 has a new name for the argument
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def anywhere(yes, device):
+    """Whether it is so in any process."""
+    count = torch.tensor(float(yes), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
