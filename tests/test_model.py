@@ -1,4 +1,5 @@
 """The GPT against a slow one written out in loops; generation, views, files."""
+import functools
 import hashlib
 import math
 import pickle
@@ -7,7 +8,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
+import unlearn
 from model import GPT, GPTConfig, read_model, write_model
 
 V, T = 70, 24                                     # 70 is no multiple of 64: 58 rows are padding
@@ -136,6 +140,67 @@ def test_loss_is_cross_entropy():
     assert torch.equal(gpt(idx, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
+class Widest(TorchDispatchMode):
+    """Notes the most elements of a tensor, made inside it, whose rows are as long as a vocabulary.
+    """
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.dim() and x.size(-1) >= 1000:
+                self.most = max(self.most, x.numel())
+        return made
+
+
+def losses(gpt, teacher, idx, targets):
+    yield gpt(idx, targets)
+    yield unlearn.imitate(gpt, teacher, idx)
+    yield unlearn.maxent(gpt, (idx, targets), (idx, targets), None,
+                         unlearn.Config(retain_weight=1.0))
+
+
+@pytest.mark.parametrize("rows", [1, 10, 71])
+def test_losses_by_chunks(rows, monkeypatch):
+    """As the whole to 1e-5, gradients too, while no more than one chunk of logits is there."""
+    gpt, teacher = (lively(vocab_size=1000, seed=s) for s in (0, 1))
+    idx, targets = tokens(3, 24, vocab_size=1000), tokens(3, 24, seed=1, vocab_size=1000)
+
+    def measured():
+        found = []
+        for loss in losses(gpt, teacher, idx, targets):
+            gpt.zero_grad()
+            loss.backward()
+            found.append((loss.detach(), *[p.grad.clone() for p in gpt.parameters()]))
+        return found
+
+    with Widest() as whole:
+        expected = measured()
+    monkeypatch.setattr(model, "LOGITS", rows * 1000 + 500)
+    with Widest() as chunks:
+        got = measured()
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert whole.most == 3 * 24 * 1024                       # 1000 tokens, padded; the embedding
+    assert chunks.most == max(rows, 16) * 1024               # itself, transposed, has 16 rows
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("T", [5, 24])
+def test_bf16_attention_on_a_cpu(T):
+    """Against float64: as near as bfloat16 comes, forward and backward."""
+    exact = [x.requires_grad_() for x in torch.randn(3, 2, 3, T, 8, dtype=torch.float64,
+                                                     generator=torch.Generator().manual_seed(0))]
+    rough = [x.detach().bfloat16().requires_grad_() for x in exact]
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True)
+    got = model.attend(*rough)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, atol=0.03, rtol=0.03)
+    expected.square().sum().backward()
+    got.float().square().sum().backward()
+    for a, b in zip(rough, exact):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=0.1, rtol=0.05)
+
+
 # --- initialisation ------------------------------------------------------------------------------
 def test_untrained():
     """Loss ln V, and blocks that are the identity: their output projections start at zero."""
@@ -192,6 +257,14 @@ def test_greedy_with_cache_as_without(seed):
     assert got.dtype == torch.int64
     assert got.tolist() == [greedy(gpt, prompt, 12) for prompt in RAGGED]
     assert len(set(map(tuple, got.tolist()))) > 1                    # rows that could be mixed up
+
+
+def test_compiled_decoding(monkeypatch):
+    """The same tokens; a step is one graph, the same at every step, so that it is compiled once."""
+    gpt = lively()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(gpt.generate(RAGGED, 12, compiled=True), gpt.generate(RAGGED, 12))
 
 
 def test_generate_in_bfloat16():

@@ -4,7 +4,10 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -547,6 +550,54 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=f"cannot write {path}: disk full"):
         data.write(path, b"new" * 1000)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_cut_out_on_the_device(task):
+    """As on a GPU, where data is kept if it fits: the same rows, also where uint16 is negative."""
+    expected = [task.batch("all", 8, i, 0) for i in range(3)]
+    try:
+        task.keep_on_device()
+        for i, rows in enumerate(expected):
+            assert all(torch.equal(a, b) for a, b in zip(task.batch("all", 8, i, 0), rows))
+        task.resident = {s: torch.full_like(x, -1) for s, x in task.resident.items()}
+        assert task.batch("retain", 8, 0, 0)[0].unique().tolist() == [65535]
+    finally:
+        task.resident = {}
+
+
+LARGE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import torch
+import data, train
+from model import GPT, GPTConfig
+torch.set_num_threads(1)
+folder = Path({folder!r})
+for split in data.SPLITS:
+    with open(folder / f"{{split}}.bin", "wb") as f:
+        f.truncate({size})                                  # zeros, which take no place on the disk
+task = data.Task("tinystories", folder, {{"made_with": {{}}, "facts": {{}}, "files": {{}}}}, 64)
+for step in range(300):
+    task.batch("retain", 64, step, 0)
+model = GPT(GPTConfig(300, 64, 1, 2, 32))
+cfg = train.Config(device="cpu", compile=False)
+train.fit(model, lambda m, step: m(*task.batch("all", 64, step, 0)), cfg, 20, 1e-3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_data_larger_than_memory(tmp_path, folder):
+    """Training on 1 GB takes hardly more memory than on 10 MB: pages are let go of again."""
+    pytest.importorskip("resource")
+    peak = []
+    for size in (10 << 20, 1 << 30):
+        shutil.copy(folder / "arithmetic" / "tokenizer.json", tmp_path)
+        code = LARGE.format(root=str(Path(train.__file__).parent), folder=str(tmp_path), size=size)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peak.append(int(done.stdout))
+    assert peak[1] - peak[0] < 100
 
 
 def test_unknown_task_and_knobs(tmp_path):
