@@ -221,12 +221,13 @@ class GPT(nn.Module):
                    for chunk in zip(x.split(rows), targets.split(rows))) / len(x)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0):
+    def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0, compiled=False):
         """Continues every prompt, all rows at once, with a KV cache.
 
         prompts         list of B non-empty lists of token ids, of any lengths
         temperature     0 is greedy; 1 samples from the model's own distribution
         stop            token id: a row that emits it is filled with it from there on
+        compiled        fuse the step of decoding: pays for long answers on a GPU (bench.py)
         returns         (B, max_new_tokens) int64
         raises          ValueError when the longest prompt and the answer exceed block_size
         """
@@ -244,10 +245,14 @@ class GPT(nn.Module):
         cache = KVCache(longest + max_new_tokens, pad)
         generator = torch.Generator(device).manual_seed(seed)
         done = torch.zeros(B, dtype=torch.bool, device=device)
+
+        def decode(idx):                                       # only the last column is unembedded
+            return self.unembed(self.residuals(idx, cache)[-1][:, -1]).float()          # (B, V)
+
+        step = torch.compile(decode, dynamic=False, fullgraph=True) if compiled else decode
         out = []
-        for _ in range(max_new_tokens):
-            x = self.residuals(idx, cache)[-1][:, -1]          # only the last column is unembedded
-            logits = self.unembed(x).float()                                            # (B, V)
+        for i in range(max_new_tokens):
+            logits = step(idx) if i else decode(idx)           # the prompt is longer than a step
             if temperature < 1e-3:                     # so near to greedy that dividing overflows
                 new = logits.argmax(-1)
             else:
@@ -278,10 +283,14 @@ def read_model(path, device="cpu"):
         raise ValueError(f"{path} is missing: train.py, unlearn.py and undo.py make models")
     checkpoint = read_sealed(path, device)
     try:
-        model = GPT(GPTConfig(**checkpoint["config"])).to(device)
-        model.load_state_dict(checkpoint["model"])
+        weights, config = checkpoint["model"], GPTConfig(**checkpoint["config"])
+        if (len(weights), weights["wte.weight"].size(1)) != (1 + 4 * config.n_layer, config.n_embd):
+            raise ValueError                       # before a model of the wrong size takes memory
+        model = GPT(config).to(device)
+        model.load_state_dict(weights)
         checkpoint["made_with"]["task"], checkpoint["flops"], checkpoint["history"]
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            MemoryError) as error:
         raise ValueError(f"{path} is not a model of this project "
                          f"({type(error).__name__})") from None
     return model, checkpoint

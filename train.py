@@ -216,19 +216,21 @@ class Run:
         """Goes on where keep's file ends, if there is one and the knobs are the same."""
         if self.cfg.resume is False or not keep.path.exists():
             return
-        _, checkpoint = read(keep.path)
+        model, checkpoint = read(keep.path)
         same_knobs(keep.path, checkpoint["made_with"], keep.made_with, "; --resume=false starts "
                    "anew")
-        self.model.load_state_dict(checkpoint["model"])
-        if "run" not in checkpoint:
-            raise BadInput(f"{keep.path} is a finished model, not a stopped run: rename it")
-        run = checkpoint["run"]
-        for optimizer, state in zip(self.optimizers, run["optimizers"]):
-            optimizer.load_state_dict(state)
-        self.scaler.load_state_dict(run["scaler"])
-        self.since = [torch.tensor(x, device=self.device) for x in run["since"]]
-        self.flops_per_step, self.seconds = run["flops_per_step"], run["seconds"]
-        self.over = run["over"]
+        try:
+            run = checkpoint["run"]
+            for optimizer, state in zip(self.optimizers, run["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.scaler.load_state_dict(run["scaler"])
+            self.since = [torch.tensor(x, device=self.device) for x in run["since"]]
+            self.over, self.flops_per_step, self.seconds = (
+                run[k] for k in ("over", "flops_per_step", "seconds"))
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise BadInput(f"{keep.path} is not the checkpoint of a run ({type(error).__name__}): "
+                           f"--resume=false starts anew") from None
+        self.model.load_state_dict(model.state_dict())
         self.steps, self.flops = checkpoint["steps"], checkpoint["flops"]
         self.history, self.saved = checkpoint["history"], self.steps
 
@@ -292,8 +294,8 @@ class Run:
                                       zip(("lr", "muon_lr"), self.optimizers))
                     raise BadInput(f"{name}: {what} is {value} at step {step} with {rates}: try "
                                    f"lower rates; " + (f"the last good checkpoint is {keep.path}, "
-                                   f"of step {self.saved}" if keep and keep.path.exists() else
-                                   "nothing was saved"))
+                                   f"of step {self.saved}" if self.saved else "nothing was "
+                                   "saved"))
         return sum(loss for loss, _ in seen) / len(seen)
 
 
@@ -340,11 +342,8 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
             bar.update()
             at.over, tenth = at.steps == steps, at.steps % 10 == 0
             written = at.over or at.steps in evaluate_at
-            ended = bool(signals) and WORLD == 1
-            if WORLD > 1 and tenth:
-                ended = anywhere(signals != [], at.device)
             save = keep and at.due()
-            if not (written or tenth or save or ended):
+            if not (written or tenth or save or signals and WORLD == 1):
                 continue
             loss = at.loss(name, keep)
             if written or tenth:
@@ -357,6 +356,7 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                                   | figures(cfg, evaluate))
                 at.over = at.over or bool(stop and stop(at.history[-1]))
             at.seconds = time.time() - start
+            ended = signals if WORLD == 1 else tenth and anywhere(bool(signals), at.device)
             if keep and (ended or save and not at.over):
                 at.save(keep)
             if ended:
@@ -428,11 +428,13 @@ def obtain(name, cfg, task, made_with, make):
     """
     path = path_of(name, cfg)
     made_with = json.loads(json.dumps({"task": task.name, "data": task.data_id} | made_with))
+    keep = Keep(path.with_suffix(".resume.pt"), made_with)
     if path.exists():
         model, checkpoint = load(path, task)
         same_knobs(path, checkpoint["made_with"], made_with)
+        if RANK == 0:
+            keep.path.unlink(missing_ok=True)
         return model, checkpoint
-    keep = Keep(path.with_suffix(".resume.pt"), made_with)
     on = keep.path.exists() and cfg.resume is not False
     print(f"{name}: " + (f"going on from {keep.path}" if on else f"making {path}"))
     model, record = make(keep)

@@ -4,6 +4,7 @@ torchrun starts the same script several times and tells each who it is by enviro
 """
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,7 +41,8 @@ def run(main, config, story):
         sys.exit(complain(stop.args[0] if stop.args else "interrupted; models made are kept, run "
                           "the same command again", 128 + by))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("(out of|allocate) memory",
+                                                                str(error)):
             raise
         sys.exit(complain("out of memory: a smaller --batch_size, --block_size or model needs "
                           "less; what is on disk is whole", 2))

@@ -164,7 +164,8 @@ def bench_generate(cfg, rows, new=128, skip=8):
         prompts = torch.randint(config.vocab_size, (size, config.block_size - new)).tolist()
         with train.autocast(cfg):
             took = in_turns(cfg, plain=lambda: recompute(prompts),
-                            ours=lambda: model.generate(prompts, new))
+                            ours=lambda: model.generate(prompts, new,
+                                                        compiled=device.type == "cuda"))
         rows.append({"row": f"generate {size}", "unit": "tokens/s",
                      "plain": size * new / skip / took["plain"], "ours": size * new / took["ours"]})
 
