@@ -188,9 +188,9 @@ def draw(axes, rows, task, cfg, step):
     if all(y is not None for _, y in points):
         points = [(x, 100 * y) for x, y in points]
         axes[1].plot(*zip(*points), marker="o", label="UNDO, by alpha")
-        for i, (name, point) in enumerate(zip(students, points)):      # neighbours below and above
-            axes[1].annotate(name.replace("undo-", "alpha "), point,
-                             textcoords="offset points", xytext=(-16, 9) if i % 2 else (8, -14))
+        for i, (name, point) in enumerate(zip(students, points)):  # neighbours to left and right
+            axes[1].annotate(name.replace("undo-", "alpha "), point, ha="right" if i % 2 else "left",
+                             textcoords="offset points", xytext=(-8, 6) if i % 2 else (8, -14))
         axes[1].plot(mean(cfg.method, lambda r: r["compute_pct"]), 0, "s", color="#D55E00",
                      markersize=9, label=f"{cfg.method} (unlearned)")
         axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")

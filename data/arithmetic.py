@@ -23,7 +23,7 @@ SETTINGS = {"arithmetic": dict(
     rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
     oracle=dict(steps=100, lr=1e-3, batch_size=32),
     finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    undo=dict(method="maxent", alphas=[0.3, 0.6, 0.65], steps=300, batch_size=32, lr=6e-3,
+    undo=dict(method="maxent", alphas=[0.3, 0.6], steps=300, batch_size=32, lr=6e-3,
               muon_lr=0.02, check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
          "heldout_pairs": 0.04,        # share of operand pairs kept out of training
