@@ -21,7 +21,7 @@ class Attack(Common):
                        "data alone", choices=["forget", "mixed", "retain"])
     lrs: list[float] | None = knob(None, "rates the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
-    attack_rows: int | None = knob(None, "rows in a batch of the attack", 1)
+    attack_rows: int | None = knob(None, "rows in a batch of the attack", 1, 2**31)
 
 
 @dataclass

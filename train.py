@@ -29,7 +29,7 @@ from torch.utils.flop_counter import (
 from tqdm import tqdm
 
 import data
-from data.disk import alone
+from data.disk import alone, remove_leftovers
 from data.knobs import BadInput, Minutes, knob
 from data.process import LOCAL_RANK, RANK, WORLD, anywhere, patience, run, together
 from data.report import figure, table, write_rows
@@ -56,10 +56,10 @@ class Common:
     words: float | None = knob(None, "arithmetic: share of word problems", 0, 1)
     heldout_pairs: float | None = knob(None, "arithmetic: share of operand pairs never shown",
                                         0, 0.5)
-    block_size: int | None = knob(None, "T, tokens in a row", 8)
-    n_layer: int | None = knob(None, "blocks", 1)
-    n_head: int | None = knob(None, "attention heads", 1)
-    n_embd: int | None = knob(None, "C, width of the residual stream", 8)
+    block_size: int | None = knob(None, "T, tokens in a row", 8, 2**20)
+    n_layer: int | None = knob(None, "blocks", 1, 1000)
+    n_head: int | None = knob(None, "attention heads", 1, 2**20)
+    n_embd: int | None = knob(None, "C, width of the residual stream", 8, 2**20)
     save_every: int | Minutes = knob(Minutes("1m"), "between checkpoints of a run: steps (500) or "
                                      "minutes (1m); 0: none", 0)
     resume: bool | None = knob(None, "go on from a stopped run's checkpoint; auto: where there is "
@@ -68,7 +68,7 @@ class Common:
 
 @dataclass
 class Config(Common):
-    batch_size: int | None = knob(None, "rows in a batch", 1)
+    batch_size: int | None = knob(None, "rows in a batch", 1, 2**31)
     steps: int | None = knob(None, "pretraining steps of the base", 1)
     filtered_steps: int | None = knob(None, "pretraining steps of the filtered model: enough to "
                                       "be as good as base on retain data", 1)
@@ -275,7 +275,7 @@ class Run:
         self.steps += 1
 
     def loss(self, name, keep):
-        """Mean loss since the history was last written to: here the host waits for the device.
+        """Mean of the losses in self.since: here the host waits for the device.
 
         BadInput when a loss or a gradient was not finite, or when the weights no longer are.
         """
@@ -363,7 +363,8 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                 raise KeyboardInterrupt(
                     f"{name}: stopped after step {at.steps} of {steps}, " + (
                         f"saved in {keep.path}" if keep else "models made are kept")
-                    + "; run the same command again to go on", (signals or [signal.SIGTERM])[0])
+                    + "; run the same command again" + " without --resume=false" * (
+                        cfg.resume is False) + " to go on", (signals or [signal.SIGTERM])[0])
     return at.record()
 
 
@@ -465,10 +466,10 @@ def open_task(cfg, writes=True):
     if not os.access(folder, os.W_OK):
         raise BadInput(f"--out={cfg.out}: cannot write in {folder}")
     if writes and RANK == 0 and folder.resolve() not in HELD:
-        HELD[folder.resolve()] = held = alone(folder)
+        held = alone(folder)
         held.__enter__()
-        for partial in folder.glob("*.pt.*.tmp"):   # of a run that was killed as it wrote
-            partial.unlink()
+        HELD[folder.resolve()] = held
+        remove_leftovers(folder)
     if cfg.resume and not list(folder.glob("**/*.resume.pt")):
         raise BadInput(f"--resume=true: there is no stopped run in {folder}")
     return task

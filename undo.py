@@ -41,7 +41,7 @@ class Config(unlearn.AfterBase):
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
     steps: int | None = knob(None, "distillation steps, at most (distilled: filtered_steps); "
                              "the rates fall over the last 80%", 1)
-    batch_size: int | None = knob(None, "distillation: rows in a batch", 2)
+    batch_size: int | None = knob(None, "distillation: rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "distillation: AdamW's rate (the embedding)", 0, 1)
     muon_lr: float | None = knob(None, "distillation: Muon's rate (matrices); 0: AdamW", 0, 1)
     tolerance: float = knob(0.05, "distil until retain is within this share of the teacher's", 0, 1)
@@ -189,8 +189,9 @@ def draw(axes, rows, task, cfg, step):
         points = [(x, 100 * y) for x, y in points]
         axes[1].plot(*zip(*points), marker="o", label="UNDO, by alpha")
         for i, (name, point) in enumerate(zip(students, points)):  # neighbours to left and right
-            axes[1].annotate(name.replace("undo-", "alpha "), point, ha="right" if i % 2 else "left",
-                             textcoords="offset points", xytext=(-8, 6) if i % 2 else (8, -14))
+            left = i % 2 == 1
+            axes[1].annotate(name.replace("undo-", "alpha "), point, ha="right" if left else "left",
+                             textcoords="offset points", xytext=(-8, 6) if left else (8, -14))
         axes[1].plot(mean(cfg.method, lambda r: r["compute_pct"]), 0, "s", color="#D55E00",
                      markersize=9, label=f"{cfg.method} (unlearned)")
         axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")

@@ -44,7 +44,7 @@ class Config(AfterBase):
     method: str = knob("maxent", "which loss, or all of them in one table",
                        choices=["maxent", "graddiff", "rmu", "oracle", "finetune", "all"])
     steps: int | None = knob(None, "unlearning steps", 1)
-    batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2)
+    batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2, 2**31)
     lr: float | str | None = knob(None, "AdamW's rate, or sweep: the most forgetting whose retain "
                                   "score stays within 2% of base's", 0, 1, ["sweep"])
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from data import tokenizer
-from data.disk import alone, digest, sha256, write
+from data.disk import alone, digest, remove_leftovers, sha256, write
 from data.knobs import BadInput
 
 TASKS = {"arithmetic": "arithmetic", "language": "language",
@@ -205,6 +205,7 @@ def prepare(name, folder, knobs, block_size=None):
         if not texts[split]:
             raise BadInput(f"{name}: no text for {split}, give a longer --source")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     train = texts["retain_train"] + texts["forget_train"]
     enc = tokenizer.train(train, mod.SETTINGS[name]["vocab_size"], name,
                           lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))

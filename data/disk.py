@@ -30,11 +30,29 @@ def write(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
+        flush(path.parent)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}" + (
             "; the one there is untouched" if path.exists() else "")) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def flush(folder):
+    """Has the system write down which files a folder holds: a rename may else be lost to a power
+    cut while a later change is not."""
+    if fcntl:
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def remove_leftovers(folder):
+    """What write() had begun when a run was killed: for the one run that has the folder."""
+    for partial in Path(folder).glob("**/*.tmp"):
+        partial.unlink()
 
 
 def sha256(path):

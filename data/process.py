@@ -77,6 +77,8 @@ def patience():
         yield asked
     finally:
         restore()
+    if asked:                                       # after all, and too late to be looked at
+        signal.raise_signal(asked[0])
 
 
 def keep_memory():
