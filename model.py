@@ -123,22 +123,27 @@ class KVCache:
 
     Ragged prompts are padded on the left, so that all rows stand at the same column; `pad` (B,)
     says how many columns of each row are padding. Rotary attention sees only distances, so a row's
-    columns serve as its positions. Where a row ends is a tensor, not a number: to a compiler every
-    step of decoding is the same.
+    columns serve as its positions. Where a row ends is a tensor, not a number, and a compiled step
+    looks at all S columns: to a compiler every step of decoding is the same. An eager step looks
+    at those that are filled.
     """
 
     def __init__(self, S, pad):
         self.kv = {}                                   # layer -> (2, B, nh, S, hs)
         self.columns = torch.arange(S, device=pad.device)
-        self.real = self.columns >= pad[:, None, None]                # (B, 1, S): no padding
+        self.pad, self.filled = pad[:, None, None], 0
         self.end = torch.zeros((), dtype=torch.int64, device=pad.device)
 
     def start(self, T):
         """Makes room for T more columns; returns their positions and builds the attention mask."""
+        columns = self.columns
+        if not torch.compiler.is_compiling():
+            self.filled += T
+            columns = columns[:self.filled]
         self.rows = self.end + self.columns[:T]
-        seen = self.columns <= self.rows[:, None]                             # (T, S): no future
-        itself = self.columns == self.rows[:, None]    # a padding row sees itself: no empty softmax
-        mask = torch.where((seen & self.real) | itself, 0.0, -torch.inf)      # (B, T, S)
+        seen = columns <= self.rows[:, None]                                  # (T, S): no future
+        itself = columns == self.rows[:, None]         # a padding row sees itself: no empty softmax
+        mask = torch.where((seen & (columns >= self.pad)) | itself, 0.0, -torch.inf)  # (B, T, S)
         self.mask = mask[:, None]                                             # (B, 1, T, S)
         self.end = self.end + T
         return self.rows
@@ -149,7 +154,8 @@ class KVCache:
             self.kv[layer] = k.new_zeros(2, B, nh, len(self.columns), hs)
         kv = self.kv[layer]
         kv.index_copy_(3, self.rows, torch.stack((k, v)))
-        return kv[0], kv[1], self.mask.to(k.dtype)
+        k, v = kv[:, :, :, :self.mask.size(-1)]
+        return k, v, self.mask.to(k.dtype)
 
 
 class GPT(nn.Module):

@@ -1,6 +1,6 @@
 """What each trick buys: ours beside the plain way, measured in turns (A B A B) in this process.
 
-    python tests/bench.py                 about two minutes on a CPU, compiling included
+    python tests/bench.py                 two to three minutes on a CPU, compiling included
     python tests/bench.py --device=cpu --compile=false
 
 Ratios are between medians of the same run, since machines are shared and noisy; never compare
@@ -143,9 +143,10 @@ def bench_step(cfg, rows):
                      "plain": top / 1e9, "ours": achieved / 1e9})
 
 
-def bench_generate(cfg, rows, new=128, skip=8):
-    """Against recomputing the whole prefix for every token, at the same precision. What that costs
-    grows evenly with the prefix: every `skip`-th token is enough to know it.
+def bench_generate(cfg, rows, new=128, skip=16):
+    """128 tokens after prompts of 128, against recomputing the whole prefix for every token: in
+    float32, as a first loop does it, and (row `cache`) at our precision, which shows the cache
+    alone. What recomputing costs grows evenly with the prefix: every `skip`-th token tells it.
     """
     config, _ = SIZES["7M"]
     device, _, _ = train.hardware(cfg)
@@ -155,19 +156,25 @@ def bench_generate(cfg, rows, new=128, skip=8):
         torch.nn.init.normal_(block.mlp.down.weight, std=0.1)
 
     @torch.no_grad()
-    def recompute(prompts):
-        idx = torch.tensor(prompts, device=device).repeat(1, 2)
+    def recompute(idx):
         for T in range(config.block_size - new + skip // 2, config.block_size, skip):
             model.unembed(model.residuals(idx[:, :T])[-1][:, -1]).argmax(-1)
 
-    for size in (1, 8, 64):
-        prompts = torch.randint(config.vocab_size, (size, config.block_size - new)).tolist()
+    def under_autocast(way, *given, **more):
         with train.autocast(cfg):
-            took = in_turns(cfg, plain=lambda: recompute(prompts),
-                            ours=lambda: model.generate(prompts, new,
-                                                        compiled=device.type == "cuda"))
-        rows.append({"row": f"generate {size}", "unit": "tokens/s",
-                     "plain": size * new / skip / took["plain"], "ours": size * new / took["ours"]})
+            way(*given, **more)
+
+    for size in (1, 8, 64):
+        idx = torch.randint(config.vocab_size, (size, config.block_size))
+        prompts, idx = idx[:, :-new].tolist(), idx.to(device)
+        took = in_turns(cfg, plain=lambda: recompute(idx),
+                        cache=lambda: under_autocast(recompute, idx),
+                        ours=lambda: under_autocast(model.generate, prompts, new,
+                                                    compiled=device.type == "cuda"))
+        for row in ("generate", "cache"):
+            plain = took["plain" if row == "generate" else "cache"] * skip
+            rows.append({"row": f"{row} {size}", "unit": "tokens/s", "plain": size * new / plain,
+                         "ours": size * new / took["ours"]})
 
 
 def bench_batch(cfg, rows):
@@ -224,7 +231,7 @@ def bench_attack(cfg, rows):
                  **{k: steps[k] * tokens / s for k, s in took.items()}})
 
 
-def bench_linear(cfg, rows, steps=400):
+def bench_linear(cfg, rows, steps=240):
     """Steps/s in the last quarter of a long run against the first: a run costs what its tokens do.
     """
     config, _ = SIZES["0.8M"]
