@@ -284,18 +284,17 @@ class Run:
         if WORLD > 1:
             dist.all_reduce(seen)
             seen /= WORLD
-        *seen, weights = seen.tolist()
-        for i, pair in enumerate([*seen, weights]):
-            for what, value in zip(("the loss", "the gradient's norm"), pair):
-                if not math.isfinite(value):
-                    step = min(self.steps - len(seen) + i + 1, self.steps)
-                    what = what if i < len(seen) else "the weights' norm"
-                    rates = ", ".join(f"{k}={o.param_groups[0]['lr']:.3g}" for k, o in
-                                      zip(("lr", "muon_lr"), self.optimizers))
-                    raise BadInput(f"{name}: {what} is {value} at step {step} with {rates}: try "
-                                   f"lower rates; " + (f"the last good checkpoint is {keep.path}, "
-                                   f"of step {self.saved}" if self.saved else "nothing was "
-                                   "saved"))
+        *seen, (weights, _) = seen.tolist()
+        numbers = [(what, value, self.steps - len(seen) + i + 1) for i, pair in enumerate(seen)
+                   for what, value in zip(("the loss", "the gradient's norm"), pair)]
+        for what, value, step in [*numbers, ("the weights' norm", weights, self.steps)]:
+            if not math.isfinite(value):
+                rates = ", ".join(f"{knob}={optimizer.param_groups[0]['lr']:.3g}" for
+                                  knob, optimizer in zip(("lr", "muon_lr"), self.optimizers))
+                good = (f"the last good checkpoint is {keep.path}, of step {self.saved}"
+                        if self.saved else "nothing was saved")
+                raise BadInput(f"{name}: {what} is {value} at step {step} with {rates}: try lower "
+                               f"rates; {good}")
         return sum(loss for loss, _ in seen) / len(seen)
 
 

@@ -189,9 +189,9 @@ def draw(axes, rows, task, cfg, step):
         points = [(x, 100 * y) for x, y in points]
         axes[1].plot(*zip(*points), marker="o", label="UNDO, by alpha")
         for i, (name, point) in enumerate(zip(students, points)):  # neighbours to left and right
-            left = i % 2 == 1
+            left = i % 2 == 1 and name != "distilled"
             axes[1].annotate(name.replace("undo-", "alpha "), point, ha="right" if left else "left",
-                             textcoords="offset points", xytext=(-8, 6) if left else (8, -14))
+                             textcoords="offset points", xytext=(-8, 6) if left else (2, -18))
         axes[1].plot(mean(cfg.method, lambda r: r["compute_pct"]), 0, "s", color="#D55E00",
                      markersize=9, label=f"{cfg.method} (unlearned)")
         axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")
