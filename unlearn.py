@@ -96,9 +96,9 @@ def rmu(model, forget, retain, reference, cfg):
     h (B, T, C) is the residual after block cfg.layer, h0 the base's, u a fixed random unit vector,
     c cfg.steer lengths of h0; both terms are in units of h0's length.
     """
-    layer = cfg.layer or (model.config.n_layer + 1) // 2
+    layer = cfg.layer or (reference.config.n_layer + 1) // 2
     generator = torch.Generator().manual_seed(cfg.seed)
-    u = torch.rand(model.config.n_embd, generator=generator).to(forget[0].device)
+    u = torch.rand(reference.config.n_embd, generator=generator).to(forget[0].device)
     u = F.normalize(u, dim=0)
     with torch.no_grad():
         h0 = reference(retain[0], residual=layer).float()

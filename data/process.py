@@ -102,7 +102,7 @@ def together(model):
     """The model, its gradients averaged over all processes as they are computed."""
     with warnings.catch_warnings():                 # torch 2.13 has a new name for the argument
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
 
 
 def anywhere(yes, device):

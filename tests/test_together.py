@@ -13,10 +13,10 @@ from data.disk import read_sealed
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SMALL = ["--device=cpu", "--compile=false", "--n_layer=1", "--n_embd=32", "--n_head=2",
+SMALL = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=2",
          "--base_steps=24", "--filtered_steps=12", "--attack_steps=2,4", "--attack_rows=4",
          "--lrs=1e-3,1e-2", "--unlearn_steps=3", "--steps=12", "--batch_size=8", "--check_every=4",
-         "--alphas=0.5"]
+         "--alphas=0.5", "--method=rmu"]             # RMU leaves the last block without gradients
 DRIVER = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
