@@ -13,16 +13,20 @@ from data.disk import read_sealed
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SMALL = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=2",
-         "--base_steps=24", "--filtered_steps=12", "--attack_steps=2,4", "--attack_rows=4",
-         "--lrs=1e-3,1e-2", "--unlearn_steps=3", "--steps=12", "--batch_size=8", "--check_every=4",
-         "--alphas=0.5", "--method=rmu"]             # RMU leaves the last block without gradients
+SMALL = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=2"]
+UNDO = [*SMALL, "--base_steps=24", "--filtered_steps=12", "--attack_steps=2,4", "--attack_rows=4",
+        "--lrs=1e-3,1e-2", "--unlearn_steps=3", "--steps=12", "--batch_size=8", "--check_every=4",
+        "--muon_lr=0", "--alphas=0.5", "--method=rmu"]   # RMU leaves a block without gradients
+BASE = [*SMALL, "--steps=24", "--name=base", "--save_every=5"]
 DRIVER = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train, undo
+from data import arithmetic
 torch.set_num_threads(1)
 train.hardware = lambda cfg: (torch.device("cpu"), torch.float32, None)       # float32: comparable
+exam = arithmetic.exam
+arithmetic.exam = lambda operation, form, n, *more: exam(operation, form, 10, *more)
 rank, how = os.environ.get("RANK", "0"), os.environ.get("DIE")
 step = train.Run.step
 def fragile(self, *rest):
@@ -37,16 +41,17 @@ def fragile(self, *rest):
     if len(norms) == 12:
         open(f"norms{{os.environ.get('WORLD_SIZE', 1)}}-{{rank}}.json", "w").write(str(norms))
 norms, train.Run.step = [], fragile
-train.run(undo.main, undo.Config, "")
+story = undo if sys.argv.pop(1) == "undo" else train
+train.run(story.main, story.Config, "")
 """
 
 
-def run(folder, scripts_folder, out, *arguments, launcher=(), **env):
+def run(folder, scripts_folder, out, story, arguments, launcher=(), **env):
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
     return subprocess.run(
-        [sys.executable, *launcher, str(driver), f"--data_dir={scripts_folder}",
-         f"--out={folder / out}", *SMALL, *arguments], cwd=folder, capture_output=True, text=True,
+        [sys.executable, *launcher, str(driver), story, f"--data_dir={scripts_folder}",
+         f"--out={folder / out}", *arguments], cwd=folder, capture_output=True, text=True,
         timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
@@ -58,9 +63,9 @@ def apart(a, b):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, scripts_folder):
-    """What one process makes, AdamW for everything: Muon rounds to bfloat16 within."""
+    """What one process makes."""
     folder = tmp_path_factory.mktemp("together")
-    done = run(folder, scripts_folder, "one", "--muon_lr=0")
+    done = run(folder, scripts_folder, "one", "undo", UNDO)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -68,7 +73,7 @@ def alone(tmp_path_factory, scripts_folder):
 def test_two_are_as_one(alone, scripts_folder):
     """Every model of undo.py: weights, history, cost and rows; one table, one writer."""
     folder, one = alone
-    two = run(folder, scripts_folder, "two", "--muon_lr=0", launcher=TORCHRUN)
+    two = run(folder, scripts_folder, "two", "undo", UNDO, TORCHRUN)
     assert two.returncode == 0, two.stderr
     assert "Warning" not in two.stderr.replace("OMP_NUM_THREADS", "")
     assert two.stdout.replace("/two/", "/one/").splitlines()[0] == one.stdout.splitlines()[0]
@@ -114,14 +119,13 @@ def test_each_gets_its_rows(task):
 def test_one_that_ends_ends_all(how, said, alone, scripts_folder):
     """With its error; the checkpoint before is whole, and one process alone goes on from it."""
     folder, _ = alone
-    died = run(folder, scripts_folder, how, "--muon_lr=0", "--save_every=5", launcher=TORCHRUN,
-               DIE=how)
+    died = run(folder, scripts_folder, how, "train", BASE, TORCHRUN, DIE=how)
     assert died.returncode != 0 and said in died.stderr, died.stderr
     kept = folder / how / "arithmetic" / "base.resume.pt"
     assert read_sealed(kept)["steps"] == (20 if how == "signal" else 15)
     assert not kept.with_name("base.pt").exists()
     if how == "kill":
-        again = run(folder, scripts_folder, how, "--muon_lr=0", "--save_every=5")
+        again = run(folder, scripts_folder, how, "train", BASE)
         assert again.returncode == 0 and f"going on from {kept}" in again.stdout, again.stderr
         a, b = (read_sealed(folder / out / "arithmetic" / "base.pt") for out in ("one", how))
         assert apart(a, b) < 0.1
