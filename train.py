@@ -7,7 +7,6 @@
 fit() is the only loop. A technique hands it a loss function and perhaps a mask.
 """
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from torch.utils.flop_counter import (
 from tqdm import tqdm
 
 import data
-from data.disk import alone, remove_leftovers
+from data.disk import alone, digest, remove_leftovers
 from data.knobs import BadInput, Minutes, knob
 from data.process import LOCAL_RANK, RANK, WORLD, anywhere, patience, run, together
 from data.report import figure, table, write_rows
@@ -191,6 +190,7 @@ class Run:
     def __init__(self, model, cfg, lr, muon_lr):
         self.model, self.cfg = model, cfg
         self.device, dtype, _ = hardware(cfg)
+        self.autocast = autocast(cfg)           # one for all steps: asking what is there takes time
         self.optimizers = optimizers(model, lr, muon_lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.steps = self.flops = 0
@@ -255,7 +255,7 @@ class Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        with autocast(self.cfg):
+        with self.autocast:
             loss = loss_fn(model, self.steps)
         self.scaler.scale(loss).backward()
         for optimizer in self.optimizers:
@@ -388,7 +388,7 @@ def path_of(name, cfg):
 
 def identity(made_with):
     """Twelve hex digits that stand for everything that went into a model."""
-    return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(made_with)[:12]
 
 
 def read(path, device="cpu"):

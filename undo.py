@@ -203,9 +203,7 @@ def draw(axes, rows, task, cfg, step):
 def main(cfg):
     task = open_task(cfg)
     cfg = fill(cfg, task, "undo")
-    for section, prefix in (("attack", ""), (cfg.method, "unlearn_"), ("train", "base_"),
-                            ("train", "")):
-        cfg = fill(cfg, task, section, prefix)
+    cfg = unlearn.resolved(cfg, task, cfg.method, "unlearn_")
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"

@@ -191,11 +191,11 @@ def foundations(cfg, task):
     return pretrain("base", pretraining, task), pretrain("filtered", pretraining, task)
 
 
-def resolved(cfg, task, method):
-    """cfg for one method, its auto knobs filled."""
+def resolved(cfg, task, method, prefix=""):
+    """cfg for one method, its auto knobs filled; prefix of the method's own knobs: see fill."""
     cfg = dataclasses.replace(cfg, method=method)
-    for section, prefix in (("attack", ""), (method, ""), ("train", "base_"), ("train", "")):
-        cfg = fill(cfg, task, section, prefix)
+    for section, before in (("attack", ""), (method, prefix), ("train", "base_"), ("train", "")):
+        cfg = fill(cfg, task, section, before)
     return cfg
 
 

@@ -219,7 +219,7 @@ def prepare(name, folder, knobs, block_size=None):
              for f in ("tokenizer.json", *(f"{s}.bin" for s in SPLITS))}
     meta = {"task": name, "made_with": knobs, "facts": facts, "files": files}
     write_meta(folder, meta)
-    return json.loads(json.dumps(meta))                       # as the next run will read it
+    return read_meta(folder)                                  # as the next run will see it
 
 
 def pack(enc, docs):

@@ -81,11 +81,12 @@ def read_sealed(path, device="cpu"):
     """
     content = Path(path).read_bytes()
     cut = len(content) - len(SEAL) - 32
-    if cut <= 0 or content[cut:] != SEAL + hashlib.sha256(content[:cut]).digest():
+    body, seal = content[:max(cut, 0)], content[max(cut, 0):]
+    if not body or seal != SEAL + hashlib.sha256(body).digest():
         raise ValueError(f"{path} is damaged (its checksum does not fit): delete it to make it "
                          f"again")
     try:
-        return torch.load(io.BytesIO(content[:cut]), map_location=device, weights_only=True)
+        return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
     except Exception as error:                    # what is no pickle of ours may raise anything
         raise ValueError(f"{path} is not a file of this project ({type(error).__name__})") from None
 

@@ -99,6 +99,22 @@ def peak(cfg):
     return best
 
 
+def plain_steps(model, task, size, n):
+    """n steps of training as a first loop takes them; gives a function that takes them."""
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False)
+
+    def take():
+        for _ in range(n):
+            idx, targets = plain_batch(task, size)
+            loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+            adamw.zero_grad()
+            loss.backward()
+            adamw.step()
+            loss.item()
+
+    return take
+
+
 def bench_step(cfg, rows):
     device, _, _ = train.hardware(cfg)
     top = peak(cfg)
@@ -107,36 +123,21 @@ def bench_step(cfg, rows):
         with tempfile.TemporaryDirectory() as folder:
             task = random_task(config, device, Path(folder))
 
-            plain = GPT(config).to(device)
-            adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, foreach=False, fused=False)
-
-            def plain_steps(n=3):
-                for _ in range(n):
-                    idx, targets = plain_batch(task, size)
-                    logits = plain(idx)
-                    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-                    adamw.zero_grad()
-                    loss.backward()
-                    adamw.step()
-                    loss.item()
-
-            ours = GPT(config).to(device)
-            run = train.Run(ours, cfg, 6e-3, 0.02)
-            if train.should_compile(cfg, 1e15):
-                run.compile([ours])
+            run = train.Run(GPT(config).to(device), cfg, 6e-3, 0.02)
 
             def our_steps(n=10):
                 for _ in range(n):
                     run.step(lambda model, step: model(*task.batch("retain", size, step, 0)),
-                             ours, None, None, 1.0)
+                             run.model, None, None, 1.0)
                 run.loss("bench", None)
                 run.since = []
 
-            with train.counting_flops() as counter:
-                counted = train.Run(GPT(config).to(device), cfg, 6e-3, 0.02)
-                counted.step(lambda model, step: model(*task.batch("retain", size, step, 0)),
-                             counted.model, None, None, 1.0)
-            took = in_turns(cfg, plain=plain_steps, ours=our_steps)
+            with train.counting_flops() as counter:                  # eagerly, as fit() does
+                our_steps(1)
+            if train.should_compile(cfg, 1e15):
+                run.compile([run.model])
+            plain = plain_steps(GPT(config).to(device), task, size, 3)
+            took = in_turns(cfg, plain=plain, ours=our_steps)
         tokens = size * config.block_size
         speed = {"plain": 3 * tokens / took["plain"], "ours": 10 * tokens / took["ours"]}
         rows.append({"row": f"step {name}", "unit": "tokens/s"} | speed)
@@ -214,18 +215,8 @@ def bench_attack(cfg, rows):
     task, model = small_task(cfg)
     attack = Attack(**train.common(cfg))
     attack = train.fill(attack, task, "attack")
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False)
-
-    def plain_steps():
-        for _ in range(20):
-            idx, targets = plain_batch(task, attack.attack_rows)
-            loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
-            adamw.zero_grad()
-            loss.backward()
-            adamw.step()
-            loss.item()
-
-    took = in_turns(dataclasses.replace(cfg, turns=1), plain=plain_steps,
+    took = in_turns(dataclasses.replace(cfg, turns=1),
+                    plain=plain_steps(model, task, attack.attack_rows, 20),
                     ours=lambda: relearn(model, task, attack))
     tokens = attack.attack_rows * task.block_size
     steps = {"plain": 20, "ours": len(attack.lrs) * max(attack.attack_steps)}
