@@ -3,10 +3,13 @@
 RMSNorm without weights, rotary positions, QK-norm, fused QKV, ReLU^2 MLP, zero-initialised output
 projections, tied embeddings, no biases.
 
-Three plain ways in, for the scripts that look inside:
+Four plain ways in, for the scripts that look inside:
   model.residuals(idx)         the residual stream after the embedding and after every block
   model.blocks[i].head(h)      views of one attention head's weights
   model.blocks[i].units(js)    views of some MLP units' weights
+  model(idx, hook=hook)        hook(site, i, h) is given what block i computes and returns what the
+                               model is to go on with: "heads" (B, T, nh, hs) before proj, "units"
+                               (B, T, n_units) before down, "residual" (B, T, C) after the block
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +31,10 @@ class GPTConfig:
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128        # C: width of the residual stream
+    n_units: int = 0         # MLP units in a block; 0: 4 C
 
     def __post_init__(self):
+        self.n_units = self.n_units or 4 * self.n_embd
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head "
                              f"(n_head={self.n_head}): rotary positions turn pairs of channels")
@@ -50,6 +55,11 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
+def untouched(site, h):
+    """The hook of a block into which nobody looks."""
+    return h
+
+
 def attend(q, k, v):
     """Causal attention of (B, nh, T, hs). torch's own, except in bf16 on a CPU, where its backward
     is several times slower than three plain products, and more precise float32 twice as slow.
@@ -68,7 +78,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, hook=untouched):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k = rotate(norm(qkv[:, :, :2]), cos, sin).unbind(2)         # both at once: fewer kernels
@@ -81,17 +91,17 @@ class Attention(nn.Module):
             else:
                 k, v, mask = cache.append(self, k, v)                        # (B, nh, S, hs)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(hook("heads", y.transpose(1, 2)).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_units, bias=False)
+        self.down = nn.Linear(config.n_units, config.n_embd, bias=False)
 
-    def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+    def forward(self, x, hook=untouched):
+        return self.down(hook("units", F.relu(self.up(x)).square()))
 
 
 class Block(nn.Module):
@@ -100,9 +110,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.attn(norm(x), cos, sin, cache)
-        return x + self.mlp(norm(x))
+    def forward(self, x, cos, sin, cache=None, hook=untouched):
+        x = x + self.attn(norm(x), cos, sin, cache, hook)
+        return hook("residual", x + self.mlp(norm(x), hook))
 
     def head(self, h):
         """Views of head h's weights: what it reads, (3, hs, C) for q, k and v, and writes, (C, hs).
@@ -186,7 +196,7 @@ class GPT(nn.Module):
             for w in (block.attn.proj.weight, block.mlp.down.weight):
                 w.zero_()
 
-    def residuals(self, idx, cache=None):
+    def residuals(self, idx, cache=None, hook=None):
         """The residual stream (B, T, C) after the embedding and after each block: n_layer + 1."""
         T = idx.size(1)
         if T > self.config.block_size:
@@ -194,22 +204,25 @@ class GPT(nn.Module):
         at = slice(0, T) if cache is None else cache.start(T)
         cos, sin = self.cos[at], self.sin[at]
         stream = [norm(self.wte(idx))]
-        for block in self.blocks:
-            stream.append(block(stream[-1], cos, sin, cache))
+        for i, block in enumerate(self.blocks):
+            at = (lambda site, h, i=i: hook(site, i, h)) if hook else untouched
+            stream.append(block(stream[-1], cos, sin, cache, at))
         return stream
 
     def unembed(self, x):
         """Logits (..., vocab_size) of a residual (..., C); the vocabulary's padding is cut off."""
         return F.linear(norm(x), self.wte.weight)[..., :self.config.vocab_size]
 
-    def forward(self, idx, targets=None, criterion=cross_entropy, cache=None, residual=None):
+    def forward(self, idx, targets=None, criterion=cross_entropy, cache=None, residual=None,
+                hook=None):
         """idx (B, T) int64 -> logits (B, T, V), or what is asked for instead:
 
         targets    (B, T, ...): the mean over tokens, in float32, of criterion(logits, targets)
         criterion  (N, V) logits in float32 and (N, ...) targets -> their loss, the sum over rows
         residual   an index into residuals(): that one, (B, T, C)
+        hook       changes what blocks compute: see the top of this file
         """
-        stream = self.residuals(idx, cache)
+        stream = self.residuals(idx, cache, hook)
         if residual is not None:
             return stream[residual]
         if targets is None:
@@ -227,12 +240,14 @@ class GPT(nn.Module):
                    for chunk in zip(x.split(rows), targets.split(rows))) / len(x)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0, compiled=False):
+    def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0, compiled=False,
+                 hook=None):
         """Continues every prompt, all rows at once, with a KV cache.
 
         prompts         list of B non-empty lists of token ids, of any lengths
         temperature     0 is greedy; 1 samples from the model's own distribution
         stop            token id: a row that emits it is filled with it from there on
+        hook            changes what blocks compute: see the top of this file
         compiled        fuse the step of decoding: pays for long answers on a GPU (bench.py)
         returns         (B, max_new_tokens) int64
         raises          ValueError when the longest prompt and the answer exceed block_size
@@ -253,7 +268,7 @@ class GPT(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=device)
 
         def decode(idx):                                       # only the last column is unembedded
-            return self.unembed(self.residuals(idx, cache)[-1][:, -1]).float()          # (B, V)
+            return self.unembed(self.residuals(idx, cache, hook)[-1][:, -1]).float()    # (B, V)
 
         step = torch.compile(decode, dynamic=False, fullgraph=True) if compiled else decode
         out = []

@@ -474,11 +474,12 @@ def open_task(cfg, writes=True):
     return task
 
 
-def new_model(cfg, task):
-    """An untrained GPT, a function of the seed."""
+def new_model(cfg, task, more_units=0):
+    """An untrained GPT, a function of the seed; more_units than the usual 4 C in each MLP."""
     size = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd")}
     try:
-        model = GPT(GPTConfig(task.vocab_size, task.block_size, **size))
+        model = GPT(GPTConfig(task.vocab_size, task.block_size, **size,
+                              n_units=4 * cfg.n_embd + more_units))
     except ValueError as error:
         raise BadInput(str(error)) from None
     model.init_weights(cfg.seed)

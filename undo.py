@@ -15,7 +15,7 @@ import torch
 
 import unlearn
 from data.knobs import knob
-from data.report import figure, table, write_rows
+from data.report import figure, mean_sd, table, write_rows
 from eval import draw_relearning, relearn, robustness, within
 from model import GPT
 from train import (
@@ -163,11 +163,8 @@ def summary(rows, cfg):
         same = [figures(row) for row in rows if row["model"] == name]
         line = {"model": name}
         for key in same[0]:
-            values = [f[key] for f in same if f[key] is not None]
             digits = 0 if key.startswith("compute") else 2 if cfg.seeds > 1 else 3
-            line[key] = None if not values else f"{statistics.mean(values):.{digits}f}"
-            if len(values) > 1:
-                line[key] += f" ±{statistics.stdev(values):.{digits}f}"
+            line[key] = mean_sd([f[key] for f in same], digits)
         lines.append(line)
     return lines
 

@@ -9,6 +9,7 @@ A task is a file in this folder with
 On disk, data/<task>/: tokenizer.json, one .bin of uint16 tokens a split, meta.json with checksums.
 The .bin files are memory-mapped: they may be larger than memory.
 """
+import copy
 import hashlib
 import importlib
 import json
@@ -62,6 +63,8 @@ class Task:
         for split, starts in self.starts.items():
             enough(name, split, self.block_size + len(starts), self.block_size)
         self.forget_share = sizes["forget_train"] / (sizes["retain_train"] + sizes["forget_train"])
+        self.pools = {"retain": [("retain", 0, 1)], "forget": [("forget", 0, 1)],
+                      "all": [("retain", 0, 1), ("forget", 0, 1)]}          # see labelled()
         self.shard = (0, 1)
         self.resident = {}
         if self.device.type == "cuda" and 2 * sum(sizes.values()) <= RESIDENT:
@@ -78,12 +81,45 @@ class Task:
                          for s in SPLITS}
         self.columns = torch.arange(self.block_size + 1, device=self.device)
 
+    def labelled(self, fraction, false_positives=0.0, sure=1.0):
+        """This task as an imperfect labeller sees it: a copy whose training batches go by labels.
+
+        fraction          share of the forget texts that are labelled forget (recall)
+        false_positives   share of the retain texts that are labelled forget, too
+        sure              share of the retain texts that are labelled retain
+        Its splits are then forget (so labelled), retain (all others: what filtering keeps), sure
+        (labelled retain), unlabelled (neither), and all. Texts are in random order on disk, so that
+        a label is a stretch of a file. Held-out batches and scores go by the truth, as ever.
+        """
+        view, wrong, sure = copy.copy(self), false_positives, min(sure, 1 - false_positives)
+        view.pools = self.pools | {
+            "forget": [("forget", 0, fraction), ("retain", 0, wrong)],
+            "retain": [("forget", fraction, 1), ("retain", wrong, 1)],
+            "sure": [("retain", 1 - sure, 1)],
+            "unlabelled": [("forget", fraction, 1), ("retain", wrong, 1 - sure)]}
+        return view
+
+    def shares(self, split):
+        """How much of all training tokens each piece of a split holds."""
+        return [(self.forget_share if domain == "forget" else 1 - self.forget_share) * (end - begin)
+                for domain, begin, end in self.pools[split]]
+
+    def counts(self, split):
+        """How often each token occurs in the training text of a split, (V,) int64."""
+        counts = np.zeros(self.vocab_size, np.int64)
+        for domain, begin, end in self.pools[split]:
+            tokens = self.tokens(f"{domain}_train")
+            piece = tokens[round(begin * len(tokens)):round(end * len(tokens))]
+            counts += np.bincount(piece, minlength=self.vocab_size)
+        return torch.from_numpy(counts)
+
     def batch(self, split, size, step, seed, part="train"):
         """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
 
-        split   retain | forget | all. A row never mixes domains; in `all` the first rows are
-                retain, the rest forget, in the proportion of the data. Rows of short texts
-                (settings["aligned"]) begin where a text does: no question without its facts.
+        split   retain | forget | all, or one of labelled()'s. A row never mixes domains; in `all`
+                the first rows are retain, the rest forget, in the proportion of the data. Rows of
+                short texts (settings["aligned"]) begin where a text does: no question without its
+                facts.
         part    train | val
         Where several processes train together, self.shard = (rank, how many) of them, each gets
         every so manieth row of a training batch.
@@ -92,20 +128,29 @@ class Task:
         if size % world:
             raise BadInput(f"a batch of {size} rows does not divide over {world} processes: "
                            f"choose another --batch_size")
-        domains = {split: size}
+        pieces, sizes = [(split, 0, 1)], [size]
         if split == "all":
             forget = round(size * self.forget_share)
-            domains = {"retain": size - forget, "forget": forget}
-        rows = torch.cat([self.rows(f"{s}_{part}", n, step, seed)
-                          for s, n in domains.items() if n])[rank::world]
+            pieces, sizes = self.pools[split], [size - forget, forget]
+        elif part == "train":
+            pieces, shares = self.pools[split], np.array(self.shares(split))
+            sizes = np.random.default_rng((seed, step)).multinomial(size, shares / shares.sum())
+        rows = torch.cat([self.rows(f"{domain}_{part}", n, step, seed, *stretch)
+                          for (domain, *stretch), n in zip(pieces, sizes) if n])[rank::world]
         return rows[:, :-1], rows[:, 1:]
 
-    def rows(self, split, size, step, seed):
-        """(size, T + 1) tokens of a split, int64: see batch."""
+    def rows(self, split, size, step, seed, begin=0, end=1):
+        """(size, T + 1) tokens of a split, int64, from the stretch of it between two shares."""
         T, tokens = self.block_size, self.resident[split] if self.resident else self.tokens(split)
         rng = np.random.default_rng((seed, step, SPLITS.index(split)))
-        start = (rng.choice(self.starts[split], size) if self.starts
-                 else rng.integers(0, len(tokens) - T, size))
+        starts = self.starts.get(split, range(len(tokens) - T))
+        first, last = round(begin * len(starts)), round(end * len(starts))
+        if first == last:
+            raise BadInput(f"{self.name}: no row of {split} begins in its share {begin:g} to "
+                           f"{end:g}: give more text or other label fractions")
+        start = rng.integers(first, last, size)
+        if self.starts:
+            start = self.starts[split][start]
         if not self.resident:
             rows = tokens[start[:, None] + np.arange(T + 1)].astype(np.int64)
             return torch.from_numpy(rows).to(self.device)
@@ -116,12 +161,16 @@ class Task:
         return rows.long() & 0xFFFF                       # back from int16 to uint16's values
 
     @torch.no_grad()
-    def loss(self, model, domain, rows=64):
-        """Mean loss in nats per token over the same held-out rows of a domain every time."""
+    def loss(self, model, domain, rows=64, **how):
+        """Mean loss in nats per token over the same held-out rows of a domain every time.
+
+        how   what else the model is called with: a criterion, a hook
+        """
         size = min(rows, 32)
         n = rows // size
         # summed as they come: a recorded step (CUDA graphs) overwrites what it gave before
-        return (sum(model(*self.batch(domain, size, i, 0, "val")) for i in range(n)) / n).item()
+        return (sum(model(*self.batch(domain, size, i, 0, "val"), **how)
+                    for i in range(n)) / n).item()
 
     def score(self, model, domains=("retain", "forget"), quick=False):
         """{"retain": .., "forget": .., finer figures} on fixed held-out data.

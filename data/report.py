@@ -1,6 +1,7 @@
 """What every story leaves behind: a table for people, JSON rows for scripts, a picture."""
 import dataclasses
 import json
+import statistics
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,13 +22,27 @@ def table(rows, columns):
             print("  ".join("-" * w for w in width))
 
 
+def mean_sd(values, digits):
+    """"0.89 ±0.05": mean and standard deviation of what is not None; of one value, that."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return None
+    spread = f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def write_rows(script, cfg, task, rows):
-    """OUT/TASK/SCRIPT.json: {"config", "rows"}; auto knobs as they were resolved."""
+    """OUT/TASK/SCRIPT.json: {"config", "rows"}; auto knobs as they were resolved.
+
+    task   what the knobs left to it; None for experiments without text
+    """
     if RANK:
         return
     path = Path(cfg.out) / cfg.task / f"{script}.json"
-    config = dataclasses.asdict(cfg) | {"block_size": task.block_size, "device": task.device.type}
-    config |= {k: v for k, v in task.made_with.items() if k in config}
+    config = dataclasses.asdict(cfg)
+    if task:
+        config |= {"block_size": task.block_size, "device": task.device.type}
+        config |= {k: v for k, v in task.made_with.items() if k in config}
     write(path, json.dumps({"config": config, "rows": rows}, indent=1).encode())
     print(f"rows: {path}")
 

@@ -1,0 +1,560 @@
+"""Gradient routing: decide during training which parameters learn from which data.
+
+    python route.py                          unlearning by ablation, against filtering, under
+                                             labels for all, half and a tenth of the forget data
+    python route.py --with_posthoc=true      beside MaxEnt, RMU and UNDO, given the same labels
+    python route.py --experiment=steer       one token's prediction through one residual dimension
+
+Post-hoc unlearning looks for a skill when it is everywhere. Routing puts the skill, while it is
+learned, where it can be cut out (Cloud et al. 2024; SGTM: Shilov et al. 2025).
+"""
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import undo
+import unlearn
+from data.knobs import BadInput, knob
+from data.report import figure, mean_sd, table, write_rows
+from eval import Attack, relearn
+from model import GPT, cross_entropy
+from train import autocast, fill, fit, new_model, obtain, open_task, run
+
+METHODS = ("base", "filtered", "era", "sgtm", "demix", "expanded")
+
+
+@dataclass
+class Config(Attack):
+    experiment: str = knob("language", "which story", choices=["language", "steer"])
+    task: str | None = knob(None, "what to learn and to forget (auto: language)",
+                            choices=["language", "tinystories", "bilingual"])
+    seeds: int = knob(1, "how many seeds, from --seed on", 1)
+    steps: int | None = knob(None, "training steps, the same for every method", 1)
+    batch_size: int | None = knob(None, "rows in a batch", 2, 2**31)
+    lr: float | None = knob(None, "AdamW's rate", 0, 1)
+    muon_lr: float | None = knob(None, "Muon's rate (the blocks' matrices); 0: AdamW for all", 0, 1)
+    methods: list[str] = knob(list(METHODS), "language: which, in this order", choices=METHODS)
+    label_fractions: list[float] = knob([1.0, 0.5, 0.1], "language: shares of the forget data that "
+                                        "the labeller finds", 0.001, 1)
+    false_positives: float = knob(0.0, "language: share of the retain data that the labeller takes "
+                                  "for forget data", 0, 0.9)
+    retain_labels: float = knob(0.25, "language: share of the retain data labelled retain, which "
+                                "SGTM needs (others take what is not labelled forget)", 0.001, 1)
+    forget_heads: int = knob(1, "sgtm: attention heads a block for the forget data", 0)
+    forget_units: int = knob(64, "sgtm: MLP units a block for the forget data", 0)
+    expand: int = knob(64, "era, expanded: MLP units added to a block", 1)
+    off_target: float = knob(-0.75, "era: gradient weight of forget tokens on the original units",
+                             -10, 1)
+    l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
+    coherence_steps: int = knob(4, "language: steps on 64 retain rows after ablation, best kept", 0)
+    token: list[str] | None = knob(None, "steer: the token, or tokens, as text with the space")
+    push: float = knob(1.0, "steer: how far, in mean lengths of the residual", 0)
+    with_posthoc: bool = knob(False, "language: maxent, rmu and undo, too, on the same labels")
+
+
+# --- masks: the whole idea ------------------------------------------------------------------------
+def route(h, m):
+    """h, the same to the last bit, but its gradient is multiplied by m: m h + (1 - m) stop(h).
+
+    1 lets the gradient through, 0 stops it, a negative weight turns it round: what lies before h
+    learns to do without. m broadcasts to h (Cloud et al. 2024, section 3).
+    """
+    still = h.detach()
+    return still + m * (h - still)
+
+
+class Hold:
+    """Masks on parameters, for fit(): entries that are held in a step get no gradient, and neither
+    momentum nor weight decay moves them (Shilov et al. 2025, section 3; in their code both do).
+
+    A loss function sets .held, [(parameter, bool mask)], at every step.
+    """
+
+    def __init__(self):
+        self.held = []
+
+    @torch.no_grad()
+    def after_backward(self):
+        self.before = [p.clone() for p, _ in self.held]
+        for p, mask in self.held:
+            p.grad.masked_fill_(mask, 0)
+
+    @torch.no_grad()
+    def after_step(self):
+        for (p, mask), before in zip(self.held, self.before):
+            p.copy_(torch.where(mask, before, p))
+
+
+def forget_part(model, heads, units):
+    """Views of the weights that are for forget data alone: each block's last heads and units."""
+    n, m = model.config.n_head, model.config.n_units
+    return [w for block in model.blocks
+            for w in (*block.head(slice(n - heads, n)), *block.units(slice(m - units, m)))]
+
+
+@torch.no_grad()
+def ablate(model, heads, units):
+    """Removes the forget part for good."""
+    for w in forget_part(model, heads, units):
+        w.zero_()
+
+
+def silence(heads=None, units=None):
+    """A model's hook that multiplies what heads (.., nh, 1) or MLP units (.., n_units) say."""
+    def hook(site, i, h):
+        mask = {"heads": heads, "units": units}.get(site)
+        return h if mask is None else h * mask.to(h.dtype)
+
+    return hook
+
+
+# --- methods: each gives the loss function of one training run ------------------------------------
+# `task` is Task.labelled(): its splits are what the labeller says. hold is for fit().
+
+def base(model, task, cfg, hold):
+    """Learns from everything. So does `expanded`, the control: as wide as era, nothing routed."""
+    return lambda model, step: model(*task.batch("all", cfg.batch_size, step, cfg.seed))
+
+
+def filtered(model, task, cfg, hold):
+    """Learns from what is not labelled forget."""
+    return lambda model, step: model(*task.batch("retain", cfg.batch_size, step, cfg.seed))
+
+
+def mixed(task, cfg, step):
+    """(idx, targets, how many rows from the front are labelled forget), as often as in the data."""
+    n = max(1, round(cfg.batch_size * sum(task.shares("forget"))))
+    pairs = (task.batch("forget", n, step, cfg.seed),
+             task.batch("retain", cfg.batch_size - n, step, cfg.seed))
+    return *(torch.cat(pair) for pair in zip(*pairs)), n
+
+
+def era(model, task, cfg, hold):
+    """Expand, route, ablate (Cloud et al. 2024, section 4.2): MLP units are added, and tokens of
+    forget texts train them with weight 1, the original units with cfg.off_target.
+
+    A token as frequent in retain texts as in forget texts keeps weight 1 everywhere: w = 1 -
+    sigmoid(r - 1/r - 4), r = its frequency in forget over retain texts (the paper's appendix; there
+    by the truth, here by the labels). cfg.l1 times the L1 norm of activations asks for sparse ones.
+    """
+    forget, retain = ((task.counts(split) + 1.0) / (task.counts(split) + 1.0).sum()
+                      for split in ("forget", "retain"))
+    r = forget / retain
+    w = 1 - torch.sigmoid(r - 1 / r - 4)
+    weight = (w + (1 - w) * cfg.off_target).float().to(task.device)                     # (V,)
+    new = torch.arange(model.config.n_units, device=task.device) >= 4 * model.config.n_embd
+
+    def loss_fn(model, step):
+        idx, targets, n = mixed(task, cfg, step)
+        m = torch.cat((weight[targets[:n]], torch.ones_like(targets[n:])))[:, :, None]  # (B, T, 1)
+        norms = []
+
+        def hook(site, i, h):
+            if site != "units":
+                return h
+            norms.append(h.abs().sum(-1).mean())
+            return route(h, torch.where(new, 1.0, m).to(h.dtype))
+
+        return model(idx, targets, hook=hook) + cfg.l1 * sum(norms)
+
+    return loss_fn
+
+
+def sgtm(model, task, cfg, hold):
+    """Selective gradient masking (Shilov et al. 2025): every step sees one kind of data. Forget:
+    the retain parameters are held. Labelled retain: the forget parameters are silenced and held.
+    Unlabelled: nothing is masked, and what looks like forget data is absorbed by the forget part.
+    Embeddings learn from all.
+    """
+    part = cfg.forget_heads, cfg.forget_units
+    marked = GPT(model.config).to(task.device)
+    with torch.no_grad():
+        for p in marked.parameters():
+            p.zero_()
+        for w in forget_part(marked, *part):
+            w.fill_(1)
+    masks = [(p, mark > 0) for p, mark in zip(model.blocks.parameters(),
+                                              marked.blocks.parameters())]
+    held = {"forget": [(p, ~mask) for p, mask in masks], "sure": masks, "unlabelled": []}
+    heads, units = (torch.arange(n, device=task.device) < n - own for n, own in
+                    zip((model.config.n_head, model.config.n_units), part))
+    quiet = silence(heads[:, None], units)
+    shares = np.array([sum(task.shares(kind)) for kind in held])
+
+    def loss_fn(model, step):
+        kind = np.random.default_rng((cfg.seed, step)).choice(list(held), p=shares / shares.sum())
+        hold.held = held[kind]
+        return model(*task.batch(kind, cfg.batch_size, step, cfg.seed),
+                     hook=quiet if kind == "sure" else None)
+
+    return loss_fn
+
+
+def experts(model, device):
+    """DEMix's hooks: the first half of each MLP is for retain data, the second for forget data."""
+    second = torch.arange(model.config.n_units, device=device) >= 4 * model.config.n_embd
+    return {"retain": ~second, "forget": second}
+
+
+def demix(model, task, cfg, hold):
+    """An MLP for each domain, chosen by the label (Gururangan et al. 2021); one is dropped."""
+    of = experts(model, task.device)
+
+    def loss_fn(model, step):
+        idx, targets, n = mixed(task, cfg, step)
+        forget = torch.arange(len(idx), device=idx.device)[:, None, None] < n
+        units = torch.where(forget, of["forget"], of["retain"])                  # (B, 1, n_units)
+        return model(idx, targets, hook=silence(units=units))
+
+    return loss_fn
+
+
+LOSSES = {"base": base, "expanded": base, "filtered": filtered, "era": era, "sgtm": sgtm,
+          "demix": demix}
+
+
+def part_of(method, cfg):
+    """(heads, MLP units) of each block that ablation removes."""
+    return {"era": (0, cfg.expand), "expanded": (0, cfg.expand), "demix": (0, 4 * cfg.n_embd),
+            "sgtm": (cfg.forget_heads, cfg.forget_units)}.get(method, (0, 0))
+
+
+# --- language: unlearning by ablation -------------------------------------------------------------
+def calibrated(model, task, hooks=None, rows=128, weight=100.0):
+    """{"retain", "forget"}: held-out losses (nats per token) once the logits are calibrated, and
+    the same {"retain_raw", "forget_raw"} as the model stands. hooks: {domain: the model's hook}.
+
+    A model that never saw a language is sure that it will not occur; its loss there, far above
+    ln(vocabulary), measures that. So a bias on the logits, one number a token, is trained on both
+    domains, retain counting `weight` times as in Shilov et al. 2025 (section 4): what is still lost
+    on the forget data is not known.
+    """
+    hooks = hooks or {}
+    with torch.no_grad():
+        seen = []
+        for domain in ("retain", "forget"):
+            idx, targets = task.batch(domain, 32, 0, seed=20_000)
+            x = model.residuals(idx, hook=hooks.get(domain))[-1]
+            seen.append((model.unembed(x).float().flatten(0, 1), targets.flatten()))
+    bias = torch.zeros(task.vocab_size, device=task.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([bias], max_iter=30, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        retain, forget = (F.cross_entropy(logits + bias, targets) for logits, targets in seen)
+        loss = retain + forget / weight
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    bias = bias.detach()
+    losses = {}
+    for domain in ("retain", "forget"):
+        how = {"rows": rows, "hook": hooks.get(domain)}
+        losses[domain] = task.loss(model, domain, **how, criterion=lambda logits, targets:
+                                   cross_entropy(logits + bias, targets))
+        losses[f"{domain}_raw"] = task.loss(model, domain, **how)
+    return losses
+
+
+def cohere(model, task, cfg, name):
+    """A copy, fine-tuned on 64 retain rows at the step that is best on held-out retain data: mends
+    what ablation unsettled (Cloud et al. 2024, section 4.2)."""
+    best = GPT(model.config).to(task.device)
+    best.load_state_dict(model.state_dict())
+    copy = GPT(model.config).to(task.device)
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad(), autocast(cfg):
+        least = task.loss(model, "retain")
+    rows = task.batch("sure", 64, 0, cfg.seed)
+
+    def evaluate():
+        nonlocal least
+        loss = task.loss(copy, "retain")
+        if loss < least:
+            least = loss
+            best.load_state_dict(copy.state_dict())
+        return {"retain": loss}
+
+    if cfg.coherence_steps:
+        fit(copy, lambda model, step: model(*rows), cfg, cfg.coherence_steps, 1e-3,
+            name=f"cohere {name}", evaluate=evaluate, evaluate_at=range(cfg.coherence_steps))
+    return best
+
+
+def trained(method, fraction, task, cfg):
+    """(model, record) of a method under labels for a fraction of the forget data, from disk or
+    made. Every method sees as many tokens."""
+    own = {"era": ("expand", "off_target", "l1"), "expanded": ("expand",),
+           "sgtm": ("forget_heads", "forget_units", "retain_labels")}.get(method, ())
+    made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
+                                              "lr", "muon_lr", "steps", *own)}
+    made_with |= {"method": method, "block_size": task.block_size}
+    name = f"route-{method}"
+    if LOSSES[method] is not base:
+        name += f"-{100 * fraction:g}"
+        made_with |= {"label_fraction": fraction, "false_positives": cfg.false_positives}
+
+    def make(keep):
+        extra = 0 if method == "sgtm" else part_of(method, cfg)[1]
+        model, hold = new_model(cfg, task, extra), Hold()
+        record = fit(model, LOSSES[method](model, task, cfg, hold), cfg, cfg.steps, cfg.lr,
+                     cfg.muon_lr, name=name, decay=0.8, keep=keep,
+                     tokens=cfg.batch_size * task.block_size,
+                     after_backward=hold.after_backward, after_step=hold.after_step)
+        return model, record
+
+    return obtain(name, cfg, task, made_with, make)
+
+
+def examine(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None):
+    """One row: losses before and after ablation, after fine-tuning, and under attack; all by the
+    truth but for the fine-tuning, whose rows are labelled retain."""
+    with autocast(cfg):
+        before = calibrated(model, task, hooks)
+        ablate(model, *part)
+        after = calibrated(model, task)
+        tuned = cohere(model, labelled, cfg, method)
+        finetuned = calibrated(tuned, task)
+    worst = relearn(tuned, task, cfg, method)["worst"]
+    return {"method": method, "label_fraction": fraction, "seed": cfg.seed,
+            "retain_before": before["retain"], "retain": after["retain"],
+            "retain_finetuned": finetuned["retain"], "forget_before": before["forget"],
+            "forget": after["forget"], "forget_finetuned": finetuned["forget"],
+            "retain_raw": after["retain_raw"], "forget_raw": after["forget_raw"],
+            "relearned": {str(step): at["forget"] for step, at in worst.items()}}
+
+
+def posthoc(fraction, truth, task, cfg, base):
+    """Rows of MaxEnt, RMU and UNDO from route.py's base, under the same labels: what is labelled
+    forget is unlearned, what is not is retained, and UNDO distils on everything."""
+    labels = {"label_fraction": fraction, "false_positives": cfg.false_positives}
+    model, record = base
+    record = record | {"made_with": record["made_with"] | labels}
+    out = f"{cfg.out}/{cfg.task}/labels-{100 * fraction:g}"
+    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Attack)} | {"out": out}
+    rows = []
+    for method in ("maxent", "rmu"):
+        own = unlearn.resolved(unlearn.Config(**given), truth, method)
+        rows.append((method, unlearn.unlearn(own, task, model, record)))
+    own = fill(undo.Config(**given), truth, "undo")
+    own = unlearn.resolved(own, truth, own.method, "unlearn_")
+    teacher = unlearn.unlearn(unlearn.Config(**given, method=own.method, lr=own.unlearn_lr,
+                                             steps=own.unlearn_steps), task, model, record)
+    for alpha in own.alphas:
+        rows.append((f"undo-{alpha:g}", undo.undo(alpha, own, task, *teacher)))
+    return [examine(model, truth, task, cfg, name, fraction) for name, (model, _) in rows]
+
+
+def summary(rows, cfg):
+    """One dict a method and label fraction, ready for the table: mean over seeds, +- deviation."""
+    lines = []
+    for method, fraction in dict.fromkeys((r["method"], r["label_fraction"]) for r in rows):
+        if method in ("base", "expanded") and fraction != cfg.label_fractions[0]:
+            continue                                            # they do not look at labels
+        same = [r | {f"after {step}": loss for step, loss in r["relearned"].items()}
+                for r in rows if (r["method"], r["label_fraction"]) == (method, fraction)]
+        lines.append({"method": method, "labels": "any" if method in ("base", "expanded")
+                      else f"{fraction:.0%}"} | {k: mean_sd([r[k] for r in same], 2)
+                                                 for k in same[0] if "_" in k or " " in k
+                                                 or k in ("retain", "forget")})
+    return lines
+
+
+def draw_language(axes, rows, cfg):
+    """What ablation leaves, by label fraction; what it costs; and who withstands the attack."""
+    def mean(method, fraction, figure):
+        return np.mean([figure(r) for r in rows
+                        if (r["method"], r["label_fraction"]) == (method, fraction)])
+
+    names = list(dict.fromkeys(r["method"] for r in rows))
+    fractions = sorted(cfg.label_fractions)
+    for ax, key, label in ((axes[0], "forget", "forget loss (higher: more is gone)"),
+                           (axes[1], "retain", "retain loss (lower is better)")):
+        for name in names:
+            flat = {"linestyle": ":"} if name in ("base", "expanded") else {"marker": "o"}
+            ax.plot([100 * f for f in fractions], [mean(name, f, lambda r: r[f"{key}_finetuned"])
+                                                   for f in fractions], label=name, **flat)
+        ax.set(xlabel="labelled forget data (%)", ylabel=f"{label}, nats per token", xscale="log",
+               xticks=[100 * f for f in fractions],
+               xticklabels=[f"{100 * f:g}" for f in fractions])
+        ax.minorticks_off()
+    axes[0].set_title("What is left after ablation")
+    axes[1].set_title("What it costs")
+    shown = min(cfg.label_fractions, key=lambda f: abs(f - 0.5))
+    for name in names:
+        axes[2].plot(cfg.attack_steps, [mean(name, shown, lambda r: r["relearned"][str(s)])
+                                        for s in cfg.attack_steps], marker="o", label=name)
+    axes[2].set(xlabel="fine-tuning steps of the attacker", ylabel="forget loss, worst rate",
+                title=f"Attacked, {shown:.0%} of forget data labelled")
+    axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def language(cfg):
+    """The story: every method, seed and label fraction; base and expanded need no labels."""
+    task = open_task(cfg)
+    cfg = resolved(cfg, task)
+    rows = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
+        own = dataclasses.replace(cfg, seed=seed, out=out)
+        for fraction in cfg.label_fractions:
+            view = task.labelled(fraction, cfg.false_positives, cfg.retain_labels)
+            for method in cfg.methods:
+                same = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+                if same and LOSSES[method] is base:
+                    rows.append(same[0] | {"label_fraction": fraction})
+                    continue
+                model, _ = trained(method, fraction, view, own)
+                hooks = None
+                if method == "demix":
+                    hooks = {domain: silence(units=units)
+                             for domain, units in experts(model, task.device).items()}
+                rows.append(examine(model, task, view, own, method, fraction,
+                                    part_of(method, own), hooks))
+            if cfg.with_posthoc:
+                model = trained("base", fraction, view, own)
+                rows += posthoc(fraction, task, view, own, model)
+    columns = {"method": "method", "labels": "labels", "retain_before": "retain",
+               "retain": "ablated", "retain_finetuned": "tuned", "forget_before": "forget",
+               "forget": "ablated", "forget_finetuned": "tuned", "forget_raw": "raw"}
+    table(summary(rows, cfg), columns | {f"after {s}": f"after {s}" for s in cfg.attack_steps})
+    write_rows("route-language", cfg, task, rows)
+    with figure("route-language", cfg, 3) as axes:
+        if axes is not None:
+            draw_language(axes, rows, cfg)
+
+
+# --- steer: one token, one dimension --------------------------------------------------------------
+LANE = 0                     # the residual dimension through which the prediction is routed
+
+
+def steered(name, ids, task, cfg):
+    """(model, record): at positions whose next token is one of ids, the residual of the middle
+    layers passes gradient through dimension LANE alone (Cloud et al. 2024, section 4.1.2).
+
+    name   "routed", or "control": the same training without the mask
+    """
+    middle = middle_layers(cfg)
+    lane = torch.arange(cfg.n_embd, device=task.device) == LANE
+
+    def make(keep):
+        model = new_model(cfg, task)
+
+        def loss_fn(model, step):
+            idx, targets = task.batch("all", cfg.batch_size, step, cfg.seed)
+            m = (lane | ~torch.isin(targets, ids)[:, :, None])                       # (B, T, C)
+
+            def hook(site, i, h):
+                return route(h, m.to(h.dtype)) if site == "residual" and i in middle else h
+
+            return model(idx, targets, hook=hook if name == "routed" else None)
+
+        return model, fit(model, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name,
+                          decay=0.8, tokens=cfg.batch_size * task.block_size, keep=keep)
+
+    made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
+                                              "lr", "muon_lr", "steps")}
+    if name == "routed":
+        made_with["token"] = ids.tolist()
+    return obtain(f"steer-{name}", cfg, task, made_with | {"block_size": task.block_size}, make)
+
+
+def middle_layers(cfg):
+    """The blocks after which the residual is routed: 6 to 18 of 20 in the paper."""
+    return range(cfg.n_layer // 3, cfg.n_layer - 1)
+
+
+def measure(model, ids, task, cfg):
+    """What dimension LANE means to the model: see README, Rows."""
+    rows = model.wte.weight[:task.vocab_size].detach().float()
+    along = rows[:, LANE] / rows.norm(dim=1)                     # cosine with the dimension, (V,)
+    along = along * along[ids[along[ids].abs().argmax()]].sign()
+    order = along.argsort(descending=True)
+    rank = 1 + min((order == i).nonzero().item() for i in ids)
+    idx, targets = task.batch("all", 64, 0, 0, "val")
+    layer = middle_layers(cfg)[-1]
+    length = model(idx, residual=layer + 1).float().norm(dim=-1).mean()
+    push = cfg.push * length * torch.nn.functional.one_hot(torch.tensor(LANE), rows.size(1))
+    push = push.to(task.device) * rows[order[0], LANE].sign()
+    found = {"rank": rank, "neighbours": [task.tokenizer.decode([i]) for i in order[:6].tolist()]}
+    start = [[task.end, *idx[0, 1:9].tolist()]]
+    for name, s in (("down", -1), ("", 0), ("up", 1)):
+        def hook(site, i, h):
+            return h + s * push.to(h.dtype) if site == "residual" and i == layer else h
+
+        def likely(logits, _):
+            return logits.softmax(-1)[:, ids].sum()
+
+        new = model.generate(start, min(24, task.block_size - 9), 1.0, task.end, cfg.seed,
+                             hook=hook)[0].tolist()
+        key = "_" * bool(name) + name
+        found |= {"prob" + key: model(idx, targets, criterion=likely, hook=hook).item(),
+                  "sample" + key: task.tokenizer.decode([i for i in new if i != task.end])}
+    return found
+
+
+def steer(cfg):
+    task = open_task(cfg)
+    cfg = resolved(cfg, task)
+    if not middle_layers(cfg):
+        raise BadInput(f"--n_layer={cfg.n_layer}: steering needs 2 blocks or more")
+    ids = []
+    for text in cfg.token:
+        tokens = task.tokenizer.encode_ordinary(text)
+        if len(tokens) != 1:
+            raise BadInput(f"--token={text!r} is {len(tokens)} tokens of this vocabulary: choose "
+                           f"a text that is one (mind the space before a word)")
+        ids += tokens
+    ids = torch.tensor(ids, device=task.device)
+    rows = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
+        own = dataclasses.replace(cfg, seed=seed, out=out)
+        for name in ("routed", "control"):
+            model, _ = steered(name, ids, task, own)
+            with torch.no_grad(), autocast(cfg):
+                rows.append({"model": name, "seed": seed} | measure(model, ids, task, own))
+    print(f"the next token is one of {cfg.token}, pushed by {cfg.push:g} lengths of the residual")
+    table([row | {"neighbours": " ".join(map(repr, row["neighbours"]))} for row in rows],
+          {"model": "model", "seed": "seed", "rank": "rank", "prob_down": "P pushed down",
+           "prob": "P", "prob_up": "P pushed up", "neighbours": "nearest unembedding rows"})
+    for row in rows[:2]:
+        for key in ("sample_down", "sample", "sample_up"):
+            print(f"{row['model']} {key}: {row[key]!r}")
+    write_rows("route-steer", cfg, task, rows)
+    with figure("route-steer", cfg, 1) as axes:
+        if axes is not None:
+            for row in rows:
+                axes[0].plot([-cfg.push, 0, cfg.push],
+                             [row[k] for k in ("prob_down", "prob", "prob_up")], marker="o",
+                             color={"routed": "#0072B2", "control": "#D55E00"}[row["model"]],
+                             label=row["model"] if row in rows[:2] else None)
+            axes[0].set(xlabel="push along one residual dimension (lengths of the residual)",
+                        ylabel=f"mean probability of {' or '.join(map(repr, cfg.token))}",
+                        yscale="log", title="One dimension, one token")
+            axes[0].legend()
+
+
+# -------------------------------------------------------------------------------------------------
+EXPERIMENTS = {"language": language, "steer": steer}
+
+
+def resolved(cfg, task):
+    """cfg with its auto knobs as the task would have them."""
+    for section in ("route", "attack", "train"):
+        cfg = fill(cfg, task, section)
+    return cfg
+
+
+def main(cfg):
+    if cfg.task is None:
+        cfg = dataclasses.replace(cfg, task="language")
+    EXPERIMENTS[cfg.experiment](cfg)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
