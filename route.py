@@ -21,7 +21,7 @@ from data.knobs import BadInput, knob
 from data.report import figure, mean_sd, table, write_rows
 from eval import Attack, relearn
 from model import GPT, cross_entropy
-from train import autocast, fill, fit, new_model, obtain, open_task, run
+from train import autocast, fill, fit, new_model, obtain, open_task, run, seeds
 
 METHODS = ("base", "filtered", "era", "sgtm", "demix", "expanded")
 
@@ -216,6 +216,21 @@ LOSSES = {"base": base, "expanded": base, "filtered": filtered, "era": era, "sgt
           "demix": demix}
 
 
+def check_part(cfg):
+    """BadInput where nothing would be left of the model, or nothing be routed."""
+    if "sgtm" in cfg.methods:
+        for knob, own, all_ in (("forget_heads", cfg.forget_heads, cfg.n_head),
+                                ("forget_units", cfg.forget_units, 4 * cfg.n_embd)):
+            if own >= all_:
+                raise BadInput(f"--{knob}={own} leaves nothing of a block's {all_} for the retain "
+                               f"data")
+        if not cfg.forget_heads + cfg.forget_units:
+            raise BadInput("--forget_heads=0 and --forget_units=0: give the forget data a part")
+        if cfg.false_positives + cfg.retain_labels > 1:
+            raise BadInput(f"--false_positives={cfg.false_positives} and --retain_labels="
+                           f"{cfg.retain_labels} are more than all retain data")
+
+
 def part_of(method, cfg):
     """(heads, MLP units) of each block that ablation removes."""
     return {"era": (0, cfg.expand), "expanded": (0, cfg.expand), "demix": (0, 4 * cfg.n_embd),
@@ -268,12 +283,12 @@ def cohere(model, task, cfg, name):
     copy = GPT(model.config).to(task.device)
     copy.load_state_dict(model.state_dict())
     with torch.no_grad(), autocast(cfg):
-        least = task.loss(model, "retain")
+        least = task.loss(model, "retain", 32)
     rows = task.batch("sure", 64, 0, cfg.seed)
 
     def evaluate():
         nonlocal least
-        loss = task.loss(copy, "retain")
+        loss = task.loss(copy, "retain", 32)
         if loss < least:
             least = loss
             best.load_state_dict(copy.state_dict())
@@ -397,27 +412,23 @@ def language(cfg):
     """The story: every method, seed and label fraction; base and expanded need no labels."""
     task = open_task(cfg)
     cfg = resolved(cfg, task)
+    check_part(cfg)
     rows = []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
-        own = dataclasses.replace(cfg, seed=seed, out=out)
-        for fraction in cfg.label_fractions:
-            view = task.labelled(fraction, cfg.false_positives, cfg.retain_labels)
-            for method in cfg.methods:
-                same = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
-                if same and LOSSES[method] is base:
-                    rows.append(same[0] | {"label_fraction": fraction})
-                    continue
-                model, _ = trained(method, fraction, view, own)
-                hooks = None
-                if method == "demix":
-                    hooks = {domain: silence(units=units)
-                             for domain, units in experts(model, task.device).items()}
-                rows.append(examine(model, task, view, own, method, fraction,
-                                    part_of(method, own), hooks))
-            if cfg.with_posthoc:
-                model = trained("base", fraction, view, own)
-                rows += posthoc(fraction, task, view, own, model)
+    for own in seeds(cfg):
+        views = {f: task.labelled(f, cfg.false_positives, cfg.retain_labels)
+                 for f in cfg.label_fractions}
+        models = {(method, f): trained(method, f, view, own)
+                  for f, view in views.items() for method in cfg.methods}
+        for (method, f), (model, _) in models.items():
+            first = [r for r in rows if (r["method"], r["seed"]) == (method, own.seed)]
+            if first and LOSSES[method] is base:
+                rows.append(first[0] | {"label_fraction": f})
+                continue
+            hooks = {domain: silence(units=units) for domain, units
+                     in experts(model, task.device).items()} if method == "demix" else None
+            rows.append(examine(model, task, views[f], own, method, f, part_of(method, own), hooks))
+        for f, view in views.items() if cfg.with_posthoc else ():
+            rows += posthoc(f, task, view, own, trained("base", f, view, own))
     columns = {"method": "method", "labels": "labels", "retain_before": "retain",
                "retain": "ablated", "retain_finetuned": "tuned", "forget_before": "forget",
                "forget": "ablated", "forget_finetuned": "tuned", "forget_raw": "raw"}
@@ -506,18 +517,16 @@ def steer(cfg):
     for text in cfg.token:
         tokens = task.tokenizer.encode_ordinary(text)
         if len(tokens) != 1:
-            raise BadInput(f"--token={text!r} is {len(tokens)} tokens of this vocabulary: choose "
+            raise BadInput(f"--token: {text!r} is {len(tokens)} tokens of this vocabulary: choose "
                            f"a text that is one (mind the space before a word)")
         ids += tokens
     ids = torch.tensor(ids, device=task.device)
     rows = []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
-        own = dataclasses.replace(cfg, seed=seed, out=out)
+    for own in seeds(cfg):
         for name in ("routed", "control"):
             model, _ = steered(name, ids, task, own)
             with torch.no_grad(), autocast(cfg):
-                rows.append({"model": name, "seed": seed} | measure(model, ids, task, own))
+                rows.append({"model": name, "seed": own.seed} | measure(model, ids, task, own))
     print(f"the next token is one of {cfg.token}, pushed by {cfg.push:g} lengths of the residual")
     table([row | {"neighbours": " ".join(map(repr, row["neighbours"]))} for row in rows],
           {"model": "model", "seed": "seed", "rank": "rank", "prob_down": "P pushed down",

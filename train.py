@@ -91,6 +91,13 @@ def fill(cfg, task, section, prefix=""):
                                        if getattr(cfg, f.name) is None and f.name in own})
 
 
+def seeds(cfg):
+    """cfg once for each seed; the later ones' models live in OUT/TASK/seedN."""
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
+        yield dataclasses.replace(cfg, seed=seed, out=out)
+
+
 # ---------------------------------------------------------------------------------------------
 # device
 

@@ -26,6 +26,7 @@ from train import (
     obtain,
     open_task,
     run,
+    seeds,
 )
 from unlearn import imitate
 
@@ -202,9 +203,8 @@ def main(cfg):
     cfg = fill(cfg, task, "undo")
     cfg = unlearn.resolved(cfg, task, cfg.method, "unlearn_")
     rows = []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
-        rows += story(dataclasses.replace(cfg, seed=seed, out=out), task)
+    for own in seeds(cfg):
+        rows += story(own, task)
     step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
     table(summary(rows, cfg), {"model": "model", "retain": "retain", "forget": "forget"}

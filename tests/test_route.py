@@ -1,0 +1,520 @@
+"""Masks against hand-written backward passes and whole optimizer steps; labels against the files;
+methods against what they must not touch."""
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import route
+import train
+import unlearn
+from data import BadInput, language
+from model import GPT, GPTConfig
+from route import Config, Hold, ablate, calibrated, forget_part, silence
+from train import fit
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(n_layer=2, n_head=4, n_embd=32)
+CFG = Config(device="cpu", compile=False, steps=6, batch_size=8, lr=1e-2, muon_lr=0.0, seed=3,
+             forget_units=16, expand=16, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """The language task, small."""
+    return data.load("language", folder=tmp_path_factory.mktemp("data"), stories=200, block_size=32)
+
+
+def lively(task, more_units=0, seed=0):
+    """A model all of whose weights are random."""
+    model = train.new_model(CFG, task, more_units)
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) / p.size(1) ** 0.5
+    return model
+
+
+def gradients(model, loss):
+    return dict(zip((n for n, _ in model.named_parameters()),
+                    torch.autograd.grad(loss, list(model.parameters()))))
+
+
+# --- masks ---------------------------------------------------------------------------------------
+def test_route_leaves_values_alone():
+    h = torch.randn(50, 7) * 10.0 ** torch.arange(-3, 4)
+    for m in (1.0, 0.0, -0.75, 0.3, torch.rand(50, 1)):
+        assert torch.equal(route.route(h, m), h)
+        low = h.bfloat16()
+        assert torch.equal(route.route(low, torch.as_tensor(m).bfloat16()), low)
+
+
+def test_route_against_a_backward_pass_by_hand():
+    """y = W2 relu(W1 x), squared error; the hidden layer masked by example and unit."""
+    generator = torch.Generator().manual_seed(0)
+    x, t = (torch.randn(6, n, generator=generator, dtype=torch.float64) for n in (5, 3))
+    W1, W2 = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
+              for s in ((4, 5), (3, 4)))
+    m = torch.tensor([[1, 0, -0.75, 0.5]], dtype=torch.float64).repeat(6, 1)
+    m[3:] = torch.tensor([0.25, -2, 1, 0], dtype=torch.float64)
+    loss = (route.route((x @ W1.T).relu(), m) @ W2.T - t).square().sum()
+    got1, got2 = torch.autograd.grad(loss, (W1, W2))
+    by_hand1, by_hand2 = np.zeros((4, 5)), np.zeros((3, 4))
+    for n in range(6):
+        before = W1.detach().numpy() @ x[n].numpy()
+        h = np.maximum(before, 0)
+        error = 2 * (W2.detach().numpy() @ h - t[n].numpy())
+        by_hand2 += np.outer(error, h)                       # what comes after is not masked
+        back = (W2.detach().numpy().T @ error) * m[n].numpy() * (before > 0)
+        by_hand1 += np.outer(back, x[n].numpy())
+    np.testing.assert_allclose(got1.numpy(), by_hand1, rtol=1e-12)
+    np.testing.assert_allclose(got2.numpy(), by_hand2, rtol=1e-12)
+
+
+def test_forget_part_and_ablation(stories):
+    model = lively(stories)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    idx, _ = stories.batch("forget", 4, 0, 0)
+    quiet = silence((torch.arange(4) < 3)[:, None], torch.arange(128) < 112)
+    silenced = model(idx, hook=quiet)
+    assert (silenced - model(idx)).abs().max() > 0.1
+    ablate(model, 1, 16)
+    torch.testing.assert_close(model(idx), silenced, atol=1e-5, rtol=1e-5)
+    for name, p in model.named_parameters():
+        zero = torch.zeros_like(p, dtype=torch.bool)
+        if name.endswith("qkv.weight"):
+            for third in range(3):                           # q, k and v, 8 rows a head
+                zero[32 * third + 24:32 * third + 32] = True
+        elif name.endswith("proj.weight"):
+            zero[:, 24:] = True
+        elif name.endswith("up.weight"):
+            zero[112:] = True
+        elif name.endswith("down.weight"):
+            zero[:, 112:] = True
+        assert torch.equal(p, before[name].masked_fill(zero, 0)), name
+    untouched = lively(stories)
+    ablate(untouched, 0, 0)
+    assert all(torch.equal(p, before[n]) for n, p in untouched.named_parameters())
+
+
+def optimizers(model, lr, muon_lr):
+    """As train's, but everything decays."""
+    blocks = list(model.blocks.parameters()) if muon_lr else []
+    rest = [p for p in model.parameters() if not any(p is b for b in blocks)]
+    made = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.1)]
+    if blocks:
+        made.append(torch.optim.Muon(blocks, lr=muon_lr, momentum=0.9, weight_decay=0.1))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return made
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
+def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr):
+    """Through whole steps, momentum and weight decay on: on forget rows no parameter of the blocks
+    moves but the forget part, on labelled retain rows none of the forget part, else all."""
+    monkeypatch.setattr(train, "optimizers", optimizers)
+    task, model, hold = stories.labelled(0.7, 0.1, 0.5), lively(stories), Hold()
+    loss_fn = route.sgtm(model, task, CFG, hold)
+    marked = lively(stories)
+    for p in marked.parameters():
+        p.data.zero_()
+    for w in forget_part(marked, 1, 16):
+        w.data.fill_(1)
+    own = {n: p > 0 for n, p in marked.named_parameters()}
+    kinds, batch, seen = [], task.batch, []
+    task.batch = lambda kind, *rest: (kinds.append(kind), batch(kind, *rest))[1]
+    now = {}
+
+    def before_step(model, step):
+        now.update({n: p.detach().clone() for n, p in model.named_parameters()})
+        return loss_fn(model, step)
+
+    def after_step():
+        hold.after_step()
+        for name, p in model.blocks.named_parameters(prefix="blocks"):
+            same, mine = p.detach() == now[name], own[name]
+            if kinds[-1] == "forget":
+                assert same[~mine].all() and not same[mine].all(), name
+            elif kinds[-1] == "sure":
+                assert same[mine].all() and not same[~mine].all(), name
+            else:
+                assert not same[mine].all() and not same[~mine].all(), name
+        seen.append(kinds[-1])
+
+    fit(model, before_step, CFG, 24, 0.01, muon_lr, after_backward=hold.after_backward,
+        after_step=after_step)
+    assert {kind: seen.count(kind) > 2 for kind in ("forget", "sure", "unlabelled")} == {
+        "forget": True, "sure": True, "unlabelled": True}
+    assert set(seen[1:seen.index("sure")]) != set() or seen[0] == "sure"
+
+
+def test_silenced_rows_give_the_forget_part_no_gradient(stories, float32):
+    """Even before anything is held: labelled retain rows do not pass through it."""
+    model = lively(stories)
+    quiet = silence((torch.arange(4) < 3)[:, None], torch.arange(128) < 112)
+    model(*stories.batch("retain", 4, 0, 0), hook=quiet).backward()
+    marked = lively(stories)
+    for p in marked.parameters():
+        p.data.zero_()
+    for w in forget_part(marked, 1, 16):
+        w.data.fill_(1)
+    for p, mark in zip(model.blocks.parameters(), marked.blocks.parameters()):
+        assert (p.grad[mark > 0] == 0).all() and (p.grad[mark == 0] != 0).any()
+
+
+def test_unlabelled_rows_are_plain_training(stories, float32):
+    """sgtm's unlabelled steps and an era without labelled tokens, to the last bit."""
+    model, hold = lively(stories), Hold()
+    task = stories.labelled(0.5, 0.0, 0.25)
+    task.pools |= {"forget": [], "sure": []}
+    loss_fn = route.sgtm(model, task, CFG, hold)
+    plain = model(*task.batch("unlabelled", 8, 0, CFG.seed))
+    expected, got = gradients(model, plain), gradients(model, loss_fn(model, 0))
+    assert hold.held == [] and all(torch.equal(got[n], expected[n]) for n in expected)
+
+    wide = lively(stories, 16)
+    cfg = dataclasses.replace(CFG, off_target=1.0, l1=0.0)   # every token has weight 1 everywhere
+    loss_fn = route.era(wide, task := stories.labelled(0.5), cfg, hold)
+    idx, targets, _ = route.mixed(task, cfg, 0)
+    expected, got = gradients(wide, wide(idx, targets)), gradients(wide, loss_fn(wide, 0))
+    assert all(torch.equal(got[n], expected[n]) for n in expected)
+
+
+def test_era_weights(stories, float32):
+    """The down projection of original units, in the last block, gets the forget rows' gradient
+    as ever; the up projection gets it times each token's weight: by a loop over tokens."""
+    cfg, task = dataclasses.replace(CFG, l1=0.0, n_layer=1), stories.labelled(1.0, 0.1)
+    model = GPT(GPTConfig(task.vocab_size, 32, 1, 4, 32, 144))
+    model.load_state_dict({k: v for k, v in lively(stories, 16).state_dict().items()
+                           if not k.startswith("blocks.1")})
+    counts = {s: task.counts(s).double().numpy() + 1 for s in ("forget", "retain")}
+    r = counts["forget"] / counts["forget"].sum() / (counts["retain"] / counts["retain"].sum())
+    w = 1 - 1 / (1 + np.exp(-(r - 1 / r - 4)))
+    weight = w + (1 - w) * cfg.off_target
+    idx, targets, n = route.mixed(task, cfg, 5)
+    got = gradients(model, route.era(model, task, cfg, Hold())(model, 5))
+    up = model.blocks[0].mlp.up.weight
+    total = torch.zeros_like(up)
+    seen = {}
+
+    def hook(site, i, h):
+        if site == "units":
+            seen["h"] = h
+        return h
+
+    loss = model(idx, targets, hook=hook)
+    back, = torch.autograd.grad(loss, seen["h"], retain_graph=True)
+    for row in range(len(idx)):
+        for at in range(idx.size(1)):
+            m = float(weight[targets[row, at]]) if row < n else 1.0
+            back[row, at, :128] *= m
+    total, = torch.autograd.grad(seen["h"], up, back, retain_graph=True)
+    torch.testing.assert_close(got["blocks.0.mlp.up.weight"], total, atol=1e-6, rtol=1e-4)
+    plain = gradients(model, loss)["blocks.0.mlp.down.weight"]
+    torch.testing.assert_close(got["blocks.0.mlp.down.weight"], plain, atol=1e-6, rtol=1e-4)
+    assert weight.min() < -0.7 and weight.max() > 0.9       # both kinds of token are there
+
+
+def test_demix(stories, float32):
+    """Each row trains its own expert; without the other, the retain expert is left."""
+    model, task = lively(stories, 128), stories.labelled(1.0)
+    of = route.experts(model, "cpu")
+    idx, _ = stories.batch("retain", 4, 0, 0)
+    retain_only = model(idx, hook=silence(units=of["retain"]))
+    ablate(model, 0, 128)
+    torch.testing.assert_close(model(idx), retain_only, atol=1e-5, rtol=1e-5)
+    model = lively(stories, 128)
+    for split, quiet in (("forget", slice(0, 128)), ("retain", slice(128, 256))):
+        task.batch = lambda kind, size, *rest: stories.batch(split, size, *rest)
+        n = 8 if split == "forget" else 0
+        mixed, route.mixed = route.mixed, lambda task, cfg, step: (*task.batch("", 8, 0, 0), n)
+        try:
+            got = gradients(model, route.demix(model, task, CFG, Hold())(model, 0))
+        finally:
+            route.mixed = mixed
+        for i in range(2):
+            assert (got[f"blocks.{i}.mlp.up.weight"][quiet] == 0).all()
+            assert (got[f"blocks.{i}.mlp.down.weight"][:, quiet] == 0).all()
+        assert (got["blocks.0.mlp.up.weight"] != 0).any()
+
+
+# --- labels --------------------------------------------------------------------------------------
+def begins(task, domain, rows):
+    """The places in a domain's file where each row (T,) may begin, as shares of all places."""
+    tokens, starts = np.array(task.tokens(f"{domain}_train")), task.starts[f"{domain}_train"]
+    places = {}
+    for i, s in enumerate(starts):
+        places.setdefault(tuple(tokens[s:s + 32].tolist()), []).append(i / len(starts))
+    return [places.get(tuple(row), []) for row in rows.tolist()]
+
+
+def test_labels_are_stretches_of_the_files(stories):
+    task = stories.labelled(0.6, 0.1, 0.3)
+    expected = {"forget": {"forget": (0, 0.6), "retain": (0, 0.1)},
+                "retain": {"forget": (0.6, 1), "retain": (0.1, 1)},
+                "sure": {"retain": (0.7, 1)},
+                "unlabelled": {"forget": (0.6, 1), "retain": (0.1, 0.7)}}
+    for split, stretches in expected.items():
+        rows = torch.cat([task.batch(split, 64, step, 0)[0] for step in range(12)])
+        found = {d: [b for b in begins(stories, d, rows) if b] for d in ("forget", "retain")}
+        assert sum(map(len, found.values())) == len(rows)
+        for domain, places in found.items():
+            low, high = stretches.get(domain, (0, 0))
+            inside = [[b for b in row if low <= b < high] for row in places]
+            assert all(inside)
+            if inside:                                       # and from all of it
+                assert min(map(min, inside)) < low + 0.05 and max(map(max, inside)) > high - 0.05
+        share = {d: (b[1] - b[0]) * (stories.forget_share if d == "forget" else
+                                     1 - stories.forget_share) for d, b in stretches.items()}
+        for domain in share:
+            wanted = share[domain] / sum(share.values())
+            spread = 4 * math.sqrt(wanted * (1 - wanted) / len(rows))
+            assert abs(len(found[domain]) / len(rows) - wanted) <= spread
+        assert sum(task.shares(split)) == pytest.approx(sum(share.values()))
+    same = [torch.equal(task.batch("all", 8, s, 1)[0], stories.batch("all", 8, s, 1)[0])
+            for s in range(3)]
+    assert all(same) and not torch.equal(task.batch("forget", 8, 0, 1)[0],
+                                         stories.batch("forget", 8, 0, 1)[0])
+    held_out = task.batch("forget", 8, 0, 1, "val")[0]
+    assert torch.equal(held_out, stories.batch("forget", 8, 0, 1, "val")[0])
+
+
+def test_counts(stories):
+    task = stories.labelled(0.5, 0.2)
+    for split in ("forget", "retain", "all"):
+        by_hand = np.zeros(task.vocab_size, int)
+        for domain, low, high in task.pools[split]:
+            tokens = np.array(stories.tokens(f"{domain}_train")).tolist()
+            for token in tokens[round(low * len(tokens)):round(high * len(tokens))]:
+                by_hand[token] += 1
+        assert task.counts(split).tolist() == by_hand.tolist()
+    assert torch.equal(task.counts("forget") + task.counts("retain"), stories.counts("all"))
+
+
+def test_too_few_labels(stories):
+    with pytest.raises(BadInput, match="no row of forget_train"):
+        stories.labelled(0.001).batch("forget", 4, 0, 0)
+
+
+# --- judging -------------------------------------------------------------------------------------
+def test_calibration_of_a_model_that_knows_nothing(stories):
+    """Its best bias is the logarithm of the (weighted) frequencies, whatever it said before."""
+    model = GPT(GPTConfig(stories.vocab_size, 32, 1, 2, 16))
+    model.wte.weight.data.zero_()
+    seen = {d: torch.bincount(stories.batch(d, 32, 0, seed=20_000)[1].flatten(),
+                              minlength=stories.vocab_size).double() for d in ("retain", "forget")}
+    p = sum(k * c / c.sum() for k, c in ((100, seen["retain"]), (1, seen["forget"]))) / 101
+    got = calibrated(model, stories, rows=32)
+    uniform = math.log(stories.vocab_size)
+    for domain in seen:
+        targets = stories.batch(domain, 32, 0, 0, "val")[1].flatten()
+        known = p[targets] > 0
+        expected = -(p[targets[known]].log()).mean().item()
+        if domain == "retain":                               # forget words are rare in the mix
+            assert known.float().mean() > 0.99
+            assert got[domain] == pytest.approx(expected, abs=0.05)
+        assert got[f"{domain}_raw"] == pytest.approx(uniform, abs=1e-4)
+    assert got["retain"] < got["forget"]
+
+
+def test_calibration_leaves_a_calibrated_model_alone(stories, float32):
+    cfg = dataclasses.replace(CFG, batch_size=16, lr=6e-3)
+    model = train.new_model(cfg, stories)
+    fit(model, route.base(model, stories, cfg, Hold()), cfg, 60, 6e-3, 0.02)
+    got = calibrated(model, stories)                         # on held-out rows: to some noise
+    assert got["retain"] + got["forget"] / 100 < got["retain_raw"] + got["forget_raw"] / 100 + 0.02
+    assert got["retain"] == pytest.approx(got["retain_raw"], abs=0.3)
+
+
+def test_coherence_never_harms(stories, float32):
+    model = lively(stories)
+    tuned = route.cohere(model, stories.labelled(1.0), CFG, "model")
+    before, after = (stories.loss(m, "retain") for m in (model, tuned))
+    assert after < before                                    # a random model gains from anything
+    alone = dataclasses.replace(CFG, coherence_steps=0)
+    same = route.cohere(model, stories.labelled(1.0), alone, "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
+
+
+# --- steering ------------------------------------------------------------------------------------
+def test_steered_gradient(stories, float32):
+    """With a single token's targets only, what lies below the routed residual learns through one
+    dimension alone: the gradient of the loss there is zero in all others."""
+    idx, targets = stories.batch("retain", 4, 0, 0)
+    model, token = lively(stories), targets[0, 5]
+    m = (torch.arange(32) == route.LANE) | (targets != token)[:, :, None]
+    seen = {}
+
+    def hook(site, i, h):
+        if site == "residual" and i == 0:
+            seen["h"] = h
+            return route.route(h, m.float())
+        return h
+
+    loss = F.cross_entropy(model(idx, hook=hook).flatten(0, 1), targets.flatten())
+    back, = torch.autograd.grad(loss, seen["h"])
+    routed = targets == token
+    assert (back[routed][:, 1:] == 0).all() and (back[routed][:, 0] != 0).any()
+    assert (back[~routed][:, 1:] != 0).any()
+
+
+# --- the scripts ---------------------------------------------------------------------------------
+TINY = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=4", "--steps=3",
+        "--batch_size=8", "--forget_units=16", "--expand=16", "--block_size=32", "--stories=200",
+        "--lrs=1e-3", "--attack_steps=1,2", "--attack_rows=4", "--coherence_steps=1"]
+
+
+def script(path, *arguments):
+    """(exit status, stdout, stderr) of route.py, run in the folder path."""
+    got = subprocess.run([sys.executable, str(ROOT / "route.py"), *TINY, f"--data_dir={path}/data",
+                          *arguments], cwd=path, capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return got.returncode, got.stdout, got.stderr
+
+
+def in_process(path, monkeypatch, capsys, *arguments):
+    """The same in this process, without matplotlib."""
+    monkeypatch.setattr(sys, "argv", ["route.py", *TINY, f"--data_dir={path}/data",
+                                      f"--out={path}/out", *arguments])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status = 0
+    try:
+        train.run(route.main, route.Config, route.__doc__)
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+KEYS = {"method", "label_fraction", "seed", "retain_before", "retain", "retain_finetuned",
+        "forget_before", "forget", "forget_raw", "forget_finetuned", "relearned", "retain_raw"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What the language story leaves, run for true."""
+    path = tmp_path_factory.mktemp("route")
+    status, out, err = script(path, "--label_fractions=1,0.5")
+    assert status == 0, err
+    return path, out
+
+
+def test_language(made):
+    path, out = made
+    saved = json.loads((path / "out/language/route-language.json").read_text())
+    assert saved["config"]["label_fractions"] == [1, 0.5] and saved["config"]["task"] == "language"
+    rows = {(r["method"], r["label_fraction"], r["seed"]): r for r in saved["rows"]}
+    assert set(rows) == {(m, f, 0) for m in route.METHODS for f in (1, 0.5)}
+    for row in rows.values():
+        assert set(row) == KEYS and set(row["relearned"]) == {"1", "2"}
+        assert all(math.isfinite(v) for v in [*row["relearned"].values()]
+                   + [row[k] for k in KEYS if k.startswith(("retain", "forget"))])
+    for method in ("base", "expanded"):                      # which look at no labels
+        one, half = (rows[method, f, 0] for f in (1, 0.5))
+        assert one == half | {"label_fraction": 1}
+    assert rows["filtered", 1, 0]["forget"] != rows["filtered", 0.5, 0]["forget"]
+    for method in ("base", "filtered"):                      # nothing to ablate
+        assert rows[method, 1, 0]["forget_before"] == rows[method, 1, 0]["forget"]
+    assert all(method in out for method in route.METHODS)
+    if importlib.util.find_spec("matplotlib"):
+        assert (path / "out/language/route-language.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_language_again(made, monkeypatch, capsys):
+    """Its models are reused, and a changed knob is refused by name."""
+    path, _ = made
+    again = ("--label_fractions=0.5", "--methods=base,sgtm")
+    before = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    status, out, err = in_process(path, monkeypatch, capsys, *again)
+    assert status == 0 and "making" not in out
+    rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    assert rows == [r for r in before if r["label_fraction"] == 0.5 and r["seed"] == 0
+                    and r["method"] in ("base", "sgtm")]
+    status, out, err = in_process(path, monkeypatch, capsys, *again, "--forget_units=8")
+    assert status == 2 and "forget_units=16" in err and err.count("\n") == 1
+    status, out, err = in_process(path, monkeypatch, capsys, *again, "--false_positives=0.2")
+    assert status == 2 and "false_positives=0.0" in err and err.count("\n") == 1
+
+
+def test_seeds(made, monkeypatch, capsys):
+    path, _ = made
+    status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5", "--seeds=2",
+                                  "--methods=filtered")
+    rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    assert status == 0 and "±" in out and [r["seed"] for r in rows] == [0, 1]
+    assert rows[0]["forget"] != rows[1]["forget"]
+    assert (path / "out/language/seed1/language/route-filtered-50.pt").exists()
+
+
+def test_with_posthoc(made, monkeypatch, capsys):
+    """maxent, rmu and undo start from the same base and see the same labels."""
+    path, _ = made
+    own = language.SETTINGS["language"]
+    short = {m: own[m] | {"steps": 2, "batch_size": 8} for m in ("maxent", "rmu", "graddiff")}
+    short["undo"] = own["undo"] | {"steps": 2, "batch_size": 8, "alphas": [0.5]}
+    for method, settings in short.items():
+        monkeypatch.setitem(own, method, settings)
+    seen = []
+    inner = unlearn.unlearn
+    monkeypatch.setattr(unlearn, "unlearn", lambda cfg, task, *rest: (
+        seen.append((cfg.method, task.pools["forget"])), inner(cfg, task, *rest))[1])
+    status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5",
+                                  "--methods=base", "--with_posthoc=true")
+    assert status == 0, err
+    rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["base", "maxent", "rmu", "undo-0.5"]
+    assert all(set(r) == KEYS and r["label_fraction"] == 0.5 for r in rows)
+    assert [m for m, _ in seen] == ["maxent", "rmu", "graddiff"]
+    assert all(pool == [("forget", 0, 0.5), ("retain", 0, 0.0)] for _, pool in seen)
+    status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5",
+                                  "--methods=base", "--with_posthoc=true", "--steps=2",
+                                  f"--out={path}/other")
+    assert status == 0 and "making" in out                   # another base: other students
+
+
+def test_steer(made):
+    path, _ = made
+    status, out, err = script(path, "--experiment=steer", "--token= the, Rome", "--n_layer=3",
+                              "--out=steered")
+    assert status == 0, err
+    rows = json.loads((path / "steered/language/route-steer.json").read_text())["rows"]
+    assert [r["model"] for r in rows] == ["routed", "control"]
+    for row in rows:
+        assert {"rank", "neighbours", "prob_down", "prob", "prob_up"} <= set(row)
+        assert 1 <= row["rank"] <= 512 and len(row["neighbours"]) == 6
+        assert all(0 <= row[k] <= 1 for k in ("prob_down", "prob", "prob_up"))
+        assert "sample_down" in row and row["model"] in out
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--experiment=langauge"], "choose from language, steer"),
+    (["--methods=base,sgmt"], "choose from base, filtered, era, sgtm, demix, expanded"),
+    (["--label_fractions=1.5"], "between 0.001 and 1"),
+    (["--label_fractions=0"], "between 0.001 and 1"),
+    (["--false_positives=2"], "between 0 and 0.9"),
+    (["--forget_heads=4"], "--forget_heads=4"),
+    (["--forget_units=128"], "--forget_units=128"),
+    (["--forget_units=0", "--forget_heads=0"], "--forget_heads"),
+    (["--false_positives=0.9", "--retain_labels=0.5"], "--retain_labels"),
+    (["--task=arithmetic"], "choose from language, tinystories, bilingual"),
+    (["--experiment=steer", "--token=Rome is where it is"], "tokens of this vocabulary"),
+    (["--experiment=steer", "--n_layer=1"], "--n_layer=1"),
+    (["--experiment=steer", "--token="], "--token"),
+    (["--pushh=1"], "did you mean --push")])
+def test_bad_input(made, monkeypatch, capsys, arguments, said):
+    """One line, exit 2, nothing touched."""
+    path, _ = made
+    files = {p: p.stat().st_mtime_ns for p in path.rglob("*.pt")}
+    status, out, err = in_process(path, monkeypatch, capsys, "--coherence_steps=0", *arguments)
+    assert status == 2 and said in err and err.count("\n") == 1, err
+    assert files == {p: p.stat().st_mtime_ns for p in path.rglob("*.pt")}
