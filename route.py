@@ -4,31 +4,38 @@
                                              labels for all, half and a tenth of the forget data
     python route.py --with_posthoc=true      beside MaxEnt, RMU and UNDO, given the same labels
     python route.py --experiment=steer       one token's prediction through one residual dimension
+    python route.py --experiment=digits      an autoencoder with a half of the code for each half of
+                                             the digits; --source=mnist or a folder
 
 Post-hoc unlearning looks for a skill when it is everywhere. Routing puts the skill, while it is
 learned, where it can be cut out (Cloud et al. 2024; SGTM: Shilov et al. 2025).
 """
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import undo
 import unlearn
+from data import digits as handwritten
 from data.knobs import BadInput, knob
+from data.process import RANK, WORLD
 from data.report import figure, mean_sd, table, write_rows
 from eval import Attack, relearn
 from model import GPT, cross_entropy
-from train import autocast, fill, fit, new_model, obtain, open_task, run, seeds
+from train import autocast, fill, fit, hardware, new_model, obtain, open_task, run, seeds
 
 METHODS = ("base", "filtered", "era", "sgtm", "demix", "expanded")
 
 
 @dataclass
 class Config(Attack):
-    experiment: str = knob("language", "which story", choices=["language", "steer"])
+    experiment: str = knob("language", "which story", choices=["language", "steer", "digits"])
     task: str | None = knob(None, "what to learn and to forget (auto: language)",
                             choices=["language", "tinystories", "bilingual"])
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
@@ -52,6 +59,8 @@ class Config(Attack):
     coherence_steps: int = knob(4, "language: steps on 64 retain rows after ablation, best kept", 0)
     token: list[str] | None = knob(None, "steer: the token, or tokens, as text with the space")
     push: float = knob(1.0, "steer: how far, in mean lengths of the residual", 0)
+    ablations: bool = knob(False, "digits: all ten settings of the paper's appendix")
+    width: int | None = knob(None, "digits: of the first hidden layer (2048 in the paper)", 8)
     with_posthoc: bool = knob(False, "language: maxent, rmu and undo, too, on the same labels")
 
 
@@ -238,7 +247,7 @@ def part_of(method, cfg):
 
 
 # --- language: unlearning by ablation -------------------------------------------------------------
-def calibrated(model, task, hooks=None, rows=128, weight=100.0):
+def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
     """{"retain", "forget"}: held-out losses (nats per token) once the logits are calibrated, and
     the same {"retain_raw", "forget_raw"} as the model stands. hooks: {domain: the model's hook}.
 
@@ -247,9 +256,8 @@ def calibrated(model, task, hooks=None, rows=128, weight=100.0):
     domains, retain counting `weight` times as in Shilov et al. 2025 (section 4): what is still lost
     on the forget data is not known.
     """
-    hooks = hooks or {}
-    with torch.no_grad():
-        seen = []
+    hooks, seen, losses = hooks or {}, [], {}
+    with torch.no_grad(), autocast(cfg):
         for domain in ("retain", "forget"):
             idx, targets = task.batch(domain, 32, 0, seed=20_000)
             x = model.residuals(idx, hook=hooks.get(domain))[-1]
@@ -264,14 +272,15 @@ def calibrated(model, task, hooks=None, rows=128, weight=100.0):
         loss.backward()
         return loss
 
+    def criterion(logits, targets):
+        return cross_entropy(logits + bias.detach(), targets)
+
     optimizer.step(closure)
-    bias = bias.detach()
-    losses = {}
-    for domain in ("retain", "forget"):
-        how = {"rows": rows, "hook": hooks.get(domain)}
-        losses[domain] = task.loss(model, domain, **how, criterion=lambda logits, targets:
-                                   cross_entropy(logits + bias, targets))
-        losses[f"{domain}_raw"] = task.loss(model, domain, **how)
+    with autocast(cfg):
+        for domain in ("retain", "forget"):
+            how = {"rows": rows, "hook": hooks.get(domain)}
+            losses[domain] = task.loss(model, domain, **how, criterion=criterion)
+            losses[f"{domain}_raw"] = task.loss(model, domain, **how)
     return losses
 
 
@@ -328,12 +337,11 @@ def trained(method, fraction, task, cfg):
 def examine(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None):
     """One row: losses before and after ablation, after fine-tuning, and under attack; all by the
     truth but for the fine-tuning, whose rows are labelled retain."""
-    with autocast(cfg):
-        before = calibrated(model, task, hooks)
-        ablate(model, *part)
-        after = calibrated(model, task)
-        tuned = cohere(model, labelled, cfg, method)
-        finetuned = calibrated(tuned, task)
+    before = calibrated(model, task, cfg, hooks)
+    ablate(model, *part)
+    after = calibrated(model, task, cfg)
+    tuned = cohere(model, labelled, cfg, method)
+    finetuned = calibrated(tuned, task, cfg)
     worst = relearn(tuned, task, cfg, method)["worst"]
     return {"method": method, "label_fraction": fraction, "seed": cfg.seed,
             "retain_before": before["retain"], "retain": after["retain"],
@@ -548,8 +556,150 @@ def steer(cfg):
             axes[0].legend()
 
 
+# --- digits: a code in two halves ------------------------------------------------------------------
+DECAY = 5e-5                 # of the weights, as in the paper: without it the code shrinks while the
+                             # decoder grows, and L1 on the code achieves nothing
+SETTING = dict(
+    routed=True,             # 0-4 train the top half of the code only, 5-9 the bottom half only
+    also=False,              # 0-4 train the bottom half, too
+    learns=("0-4", "5-9"),   # what the autoencoder learns to reconstruct
+    l1=(5e-3, 5e-3),         # weights of the top and the bottom half's L1 norms (paper: 3e-3)
+    correlation=0.1,         # weight of the mean |correlation| across the halves
+    decoders=1)              # 2: one for 0-4, one for 5-9
+FREE = dict(l1=(0, 0), correlation=0)
+ABLATIONS = {                # the paper's ten (appendix); by default the first three
+    "routed": {},
+    "no routing": dict(routed=False),
+    "only 5-9, L1": dict(routed=False, learns=("5-9",), l1=(1e-3, 1e-3), correlation=0),
+    "routed, bottom on 0-9": dict(also=True, l1=(5e-3, 2e-2)),
+    "routed, two decoders": dict(decoders=2),
+    "routed, no correlation penalty": dict(correlation=0),
+    "routed, no penalties": FREE,
+    "routed, no penalties, two decoders": FREE | dict(decoders=2),
+    "no routing, no penalties": FREE | dict(routed=False),
+    "only 5-9, no penalties": FREE | dict(routed=False, learns=("5-9",))}
+
+
+def mlp(*sizes, bias=True):
+    """Linear layers with ReLU between them; bias: whether the last has one."""
+    *pairs, last = zip(sizes, sizes[1:])
+    return nn.Sequential(*(f for pair in pairs for f in (nn.Linear(*pair), nn.ReLU())),
+                         nn.Linear(*last, bias=bias))
+
+
+class Autoencoder(nn.Module):
+    """784 - width - width/4 - 32 and back, in a setting (a row of ABLATIONS, completed)."""
+
+    def __init__(self, setting, width):
+        super().__init__()
+        self.setting, back = setting, (width // 4, width, 784)
+        self.encoder = mlp(*back[::-1], 32, bias=False)
+        self.decoders = nn.ModuleList(mlp(32, *back) for _ in range(setting.decoders))
+        # what the top half of the code alone tells of an image, and what the bottom half
+        self.certificates = nn.ModuleList(mlp(16, *back) for _ in range(2))
+
+    @property
+    def blocks(self):
+        """Muon's share: all but the code's own weights, for it would mix the rows of the halves."""
+        return nn.ModuleList([self.encoder[:-1], *self.decoders, *self.certificates])
+
+    def forward(self, x, low):
+        """Code (B, 32), reconstruction (B, 784), those from the top and the bottom half alone.
+
+        x, low    images (B, 784), pixels from -1 to 1; (B, 1): whether the digit is 0-4
+        """
+        code = h = self.encoder(x)
+        if self.setting.routed:
+            m = torch.cat([low.expand(-1, 16), (~low | self.setting.also).expand(-1, 16)], 1)
+            h = route(code, m.to(code.dtype))
+        out = self.decoders[0](h)
+        if self.setting.decoders == 2:
+            out = torch.where(low, out, self.decoders[1](h))
+        return code, out, *(decode(half) for decode, half in
+                            zip(self.certificates, code.detach().chunk(2, 1)))
+
+
+def cross_correlation(code):
+    """Mean |correlation|, over the images, of a top with a bottom number of the code (B, 32)."""
+    z = (code - code.mean(0)) / (code.std(0, correction=0) + 1e-6)
+    top, bottom = z.chunk(2, 1)
+    return (top.T @ bottom / len(code)).abs().mean()
+
+
+def digits_loss(model, s, x, low):
+    """Absolute errors on 0-4 and on 5-9 (means over pixels and images), the penalties on the code,
+    which see it unrouted, and the certificates' errors, which train nothing but themselves. s is
+    the model's setting (Cloud et al. 2024, section 4.1).
+    """
+    code, out, top, bottom = model(x, low)
+    code, loss = code.float(), (top - x).abs().mean() + (bottom - x).abs().mean()
+    for group in s.learns:
+        which = (low if group == "0-4" else ~low).float()
+        loss = loss + ((out - x).abs().mean(1, keepdim=True) * which).sum() / which.sum()
+    loss = loss + sum(w * h.abs().sum(1).mean() for w, h in zip(s.l1, code.chunk(2, 1)))
+    if s.correlation:
+        loss = loss + s.correlation * cross_correlation(code)
+    return loss + DECAY / 2 * sum(p.square().sum() for p in model.parameters())
+
+
+def judge_digits(model, x, low):
+    """{"error_0_4", "error_5_9", ..}: mean squared error per pixel (from -1 to 1) of the bottom
+    half's certificate; of the top half's and of the whole code; absolute_..: mean absolute error.
+
+    Squared, for the paper's .32 on 0-4 must be so: MNIST's median image, which knows nothing, is
+    .36 off, but .26 in absolute values.
+    """
+    _, out, top, bottom = model(x, low)
+    errors = {"error": (bottom - x) ** 2, "absolute": (bottom - x).abs(),
+              "top_error": (top - x) ** 2, "whole_error": (out - x) ** 2}
+    return {f"{name}_{group}": e[which].mean().item() for name, e in errors.items()
+            for group, which in (("0_4", low[:, 0]), ("5_9", ~low[:, 0]))}
+
+
+def digits(cfg):
+    """The split autoencoder: three settings, or with --ablations the paper's ten."""
+    cfg = folder_for(cfg, handwritten.SETTINGS)
+    device, parts = hardware(cfg)[0], handwritten.load(cfg.source, cfg.data_dir)
+    (x, y), (x_val, y_val) = ((images.to(device), labels.to(device)) for images, labels in parts)
+    x_val, low_val = x_val / 127.5 - 1, y_val[:, None] < 5
+    rows, pictures = [], {}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for name in list(ABLATIONS)[:None if cfg.ablations else 3]:
+            setting = SimpleNamespace(**SETTING | ABLATIONS[name])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = Autoencoder(setting, cfg.width).to(device)
+
+            def loss_fn(model, step):
+                rng = np.random.default_rng((seed, step))
+                i = torch.from_numpy(rng.integers(0, len(x), cfg.batch_size)[RANK::WORLD])
+                return digits_loss(model, setting, x[i] / 127.5 - 1, y[i, None] < 5)
+
+            fit(model, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8)
+            with torch.no_grad(), autocast(cfg):
+                found = judge_digits(model, x_val, low_val)
+                rows.append({"setting": name, "seed": seed} | found
+                            | {"ratio": found["error_0_4"] / found["error_5_9"]})
+                if seed == cfg.seed:
+                    ten = [(y_val == digit).nonzero()[0, 0].item() for digit in range(10)]
+                    pictures[name] = x_val[ten], *model(x_val[ten], low_val[ten])[2:]
+    columns = {"error_0_4": "0-4", "error_5_9": "5-9", "ratio": "ratio",
+               "absolute_0_4": "|0-4|", "absolute_5_9": "|5-9|"}
+    table([{"setting": name} | {key: mean_sd([r[key] for r in rows if r["setting"] == name], 3)
+                                for key in columns} for name in pictures],
+          {"setting": "bottom half alone"} | columns)
+    write_rows("route-digits", cfg, None, rows)
+    with figure("route-digits", cfg, 2) as axes:
+        for ax, (name, shown) in zip([] if axes is None else axes, pictures.items()):
+            lines = [torch.cat(list(p.float().cpu().view(10, 28, 28)), 1) for p in shown]
+            ax.imshow(torch.cat(lines), cmap="gray", vmin=-1, vmax=1)
+            ax.set(title=name, xticks=[], yticks=[14, 42, 70],
+                   yticklabels=["original", "top half", "bottom half"])
+            ax.grid(False)
+
+
 # -------------------------------------------------------------------------------------------------
-EXPERIMENTS = {"language": language, "steer": steer}
+EXPERIMENTS = {"language": language, "steer": steer, "digits": digits}
 
 
 def resolved(cfg, task):
@@ -559,8 +709,17 @@ def resolved(cfg, task):
     return cfg
 
 
+def folder_for(cfg, settings):
+    """cfg of an experiment without text: OUT/EXPERIMENT/ is there, auto knobs have its settings."""
+    if cfg.task:
+        raise BadInput(f"--task means nothing to --experiment={cfg.experiment}")
+    (Path(cfg.out) / cfg.experiment).mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(cfg, task=cfg.experiment, **{
+        k: v for k, v in settings.items() if getattr(cfg, k) is None})
+
+
 def main(cfg):
-    if cfg.task is None:
+    if cfg.task is None and cfg.experiment in ("language", "steer"):
         cfg = dataclasses.replace(cfg, task="language")
     EXPERIMENTS[cfg.experiment](cfg)
 

@@ -168,7 +168,7 @@ def counting_flops():
 
 def optimizers(model, lr, muon_lr):
     """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all if muon_lr is 0."""
-    blocks = list(model.blocks.parameters()) if muon_lr else []
+    blocks = [p for p in model.blocks.parameters() if p.ndim == 2] if muon_lr else []
     inside = {id(p) for p in blocks}
     rest = [p for p in model.parameters() if id(p) not in inside]
     assert len(blocks) + len(rest) == len(list(model.parameters()))

@@ -315,7 +315,7 @@ def test_calibration_of_a_model_that_knows_nothing(stories):
     seen = {d: torch.bincount(stories.batch(d, 32, 0, seed=20_000)[1].flatten(),
                               minlength=stories.vocab_size).double() for d in ("retain", "forget")}
     p = sum(k * c / c.sum() for k, c in ((100, seen["retain"]), (1, seen["forget"]))) / 101
-    got = calibrated(model, stories, rows=32)
+    got = calibrated(model, stories, CFG, rows=32)
     uniform = math.log(stories.vocab_size)
     for domain in seen:
         targets = stories.batch(domain, 32, 0, 0, "val")[1].flatten()
@@ -332,7 +332,7 @@ def test_calibration_leaves_a_calibrated_model_alone(stories, float32):
     cfg = dataclasses.replace(CFG, batch_size=16, lr=6e-3)
     model = train.new_model(cfg, stories)
     fit(model, route.base(model, stories, cfg, Hold()), cfg, 60, 6e-3, 0.02)
-    got = calibrated(model, stories)                         # on held-out rows: to some noise
+    got = calibrated(model, stories, CFG)                         # on held-out rows: to some noise
     assert got["retain"] + got["forget"] / 100 < got["retain_raw"] + got["forget_raw"] / 100 + 0.02
     assert got["retain"] == pytest.approx(got["retain_raw"], abs=0.3)
 
