@@ -58,7 +58,7 @@ class Config(Attack):
     l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
     coherence_steps: int = knob(4, "language: steps on 64 retain rows after ablation, best kept", 0)
     token: list[str] | None = knob(None, "steer: the token, or tokens, as text with the space")
-    push: float = knob(1.0, "steer: how far, in mean lengths of the residual", 0)
+    push: float = knob(2.0, "steer: how far, at most, in mean lengths of the residual", 0)
     ablations: bool = knob(False, "digits: all ten settings of the paper's appendix")
     width: int | None = knob(None, "digits: of the first hidden layer (2048 in the paper)", 8)
     with_posthoc: bool = knob(False, "language: maxent, rmu and undo, too, on the same labels")
@@ -487,33 +487,40 @@ def middle_layers(cfg):
     return range(cfg.n_layer // 3, cfg.n_layer - 1)
 
 
+PUSHES = (-1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1)          # in units of cfg.push
+
+
 def measure(model, ids, task, cfg):
-    """What dimension LANE means to the model: see README, Rows."""
+    """What dimension LANE means to a model: which tokens' unembedding rows lie along it, and how
+    the mean probability of ids, over held-out positions, goes when it is pushed (README, Rows).
+    """
     rows = model.wte.weight[:task.vocab_size].detach().float()
     along = rows[:, LANE] / rows.norm(dim=1)                     # cosine with the dimension, (V,)
-    along = along * along[ids[along[ids].abs().argmax()]].sign()
-    order = along.argsort(descending=True)
-    rank = 1 + min((order == i).nonzero().item() for i in ids)
+    sign = along[ids[along[ids].abs().argmax()]].sign()          # up is where the token is
+    order = (sign * along).argsort(descending=True)
     idx, targets = task.batch("all", 64, 0, 0, "val")
     layer = middle_layers(cfg)[-1]
     length = model(idx, residual=layer + 1).float().norm(dim=-1).mean()
-    push = cfg.push * length * torch.nn.functional.one_hot(torch.tensor(LANE), rows.size(1))
-    push = push.to(task.device) * rows[order[0], LANE].sign()
-    found = {"rank": rank, "neighbours": [task.tokenizer.decode([i]) for i in order[:6].tolist()]}
-    start = [[task.end, *idx[0, 1:9].tolist()]]
-    for name, s in (("down", -1), ("", 0), ("up", 1)):
-        def hook(site, i, h):
-            return h + s * push.to(h.dtype) if site == "residual" and i == layer else h
+    up = F.one_hot(torch.tensor(LANE), rows.size(1)).to(task.device) * sign * length * cfg.push
 
-        def likely(logits, _):
-            return logits.softmax(-1)[:, ids].sum()
+    def pushed(s):
+        return lambda site, i, h: (h + s * up.to(h.dtype)
+                                   if site == "residual" and i == layer else h)
 
-        new = model.generate(start, min(24, task.block_size - 9), 1.0, task.end, cfg.seed,
-                             hook=hook)[0].tolist()
-        key = "_" * bool(name) + name
-        found |= {"prob" + key: model(idx, targets, criterion=likely, hook=hook).item(),
-                  "sample" + key: task.tokenizer.decode([i for i in new if i != task.end])}
-    return found
+    def likely(logits, _):
+        return logits.softmax(-1)[:, ids].sum()
+
+    def sample(s):
+        new = model.generate([[task.end, *idx[0, 1:9].tolist()]], min(24, task.block_size - 9), 1.0,
+                             task.end, cfg.seed, hook=pushed(s))[0].tolist()
+        return task.tokenizer.decode([i for i in new if i != task.end])
+
+    curve = {s: model(idx, targets, criterion=likely, hook=pushed(s)).item() for s in PUSHES}
+    return {"rank": 1 + min((order == i).nonzero().item() for i in ids),
+            "neighbours": [task.tokenizer.decode([i]) for i in order[:6].tolist()],
+            "prob_down": curve[-1], "prob": curve[0], "prob_up": curve[1],
+            "curve": {f"{s * cfg.push:g}": p for s, p in curve.items()},
+            "sample_down": sample(-0.1), "sample": sample(0), "sample_up": sample(0.1)}
 
 
 def steer(cfg):
@@ -535,29 +542,28 @@ def steer(cfg):
             model, _ = steered(name, ids, task, own)
             with torch.no_grad(), autocast(cfg):
                 rows.append({"model": name, "seed": own.seed} | measure(model, ids, task, own))
-    print(f"the next token is one of {cfg.token}, pushed by {cfg.push:g} lengths of the residual")
     table([row | {"neighbours": " ".join(map(repr, row["neighbours"]))} for row in rows],
-          {"model": "model", "seed": "seed", "rank": "rank", "prob_down": "P pushed down",
-           "prob": "P", "prob_up": "P pushed up", "neighbours": "nearest unembedding rows"})
+          {"model": "model", "seed": "seed", "rank": "rank", "prob_down": f"P pushed -{cfg.push:g}",
+           "prob": "P", "prob_up": f"P pushed +{cfg.push:g}",
+           "neighbours": "nearest unembedding rows"})
     for row in rows[:2]:
-        for key in ("sample_down", "sample", "sample_up"):
-            print(f"{row['model']} {key}: {row[key]!r}")
+        for key, s in (("sample_down", -0.1), ("sample", 0), ("sample_up", 0.1)):
+            print(f"{row['model']}, pushed {s * cfg.push:+g}: {row[key]!r}")
     write_rows("route-steer", cfg, task, rows)
     with figure("route-steer", cfg, 1) as axes:
         if axes is not None:
             for row in rows:
-                axes[0].plot([-cfg.push, 0, cfg.push],
-                             [row[k] for k in ("prob_down", "prob", "prob_up")], marker="o",
-                             color={"routed": "#0072B2", "control": "#D55E00"}[row["model"]],
-                             label=row["model"] if row in rows[:2] else None)
+                axes[0].plot([float(s) for s in row["curve"]], list(row["curve"].values()),
+                             marker="o", label=row["model"] if row in rows[:2] else None,
+                             color={"routed": "#0072B2", "control": "#D55E00"}[row["model"]])
             axes[0].set(xlabel="push along one residual dimension (lengths of the residual)",
                         ylabel=f"mean probability of {' or '.join(map(repr, cfg.token))}",
                         yscale="log", title="One dimension, one token")
             axes[0].legend()
 
 
-# --- digits: a code in two halves ------------------------------------------------------------------
-DECAY = 5e-5                 # of the weights, as in the paper: without it the code shrinks while the
+# --- digits: a code in two halves -----------------------------------------------------------------
+DECAY = 5e-5                 # of the weights, as in the paper: without, the code shrinks while the
                              # decoder grows, and L1 on the code achieves nothing
 SETTING = dict(
     routed=True,             # 0-4 train the top half of the code only, 5-9 the bottom half only
