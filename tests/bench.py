@@ -7,6 +7,7 @@ Ratios are between medians of the same run, since machines are shared and noisy;
 seconds of two runs. Rows go to OUT/bench.json.
 """
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import route  # noqa: E402
 import train  # noqa: E402
 from data import arithmetic, tokenizer  # noqa: E402
 from data.disk import write  # noqa: E402
@@ -37,14 +39,14 @@ SIZES = {   # name: model, rows in a batch
     "124M": (GPTConfig(50304, 1024, 12, 12, 768), 16)}
 WANTED = {  # device: row: the least ratio, or share of the peak, to reach
     "cpu": {"step 0.8M": 2, "step 7M": 3, "peak 7M": 0.5, "generate 8": 15, "batch": 10,
-            "score": 20},
+            "score": 20, "routed era": 0.8, "routed sgtm": 0.8},
     "cuda": {"step 7M": 4, "peak 124M": 0.45}}
 
 
 @dataclass
 class Config(train.Common):
     only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "score",
-                                                   "attack", "linear"])
+                                                   "attack", "routed", "linear"])
     turns: int = knob(3, "how often each way has its turn", 1)
 
 
@@ -224,6 +226,24 @@ def bench_attack(cfg, rows):
                  **{k: steps[k] * tokens / s for k, s in took.items()}})
 
 
+def bench_routed(cfg, rows):
+    """Steps/s of route.py's default training, for two methods, against those of its base."""
+    given = route.Config(**train.common(cfg) | {"task": "language"})
+    task = data.load("language", cfg.data_dir, device=train.hardware(cfg)[0])
+    given = route.resolved(given, task)
+    view, ways = task.labelled(0.5, given.false_positives, given.retain_labels), {}
+    for method in ("base", "era", "sgtm"):
+        extra = given.expand if method == "era" else 0
+        model, hold = train.new_model(given, task, extra), route.Hold()
+        loss_fn = route.LOSSES[method](model, view, given, hold)
+        ways[method] = functools.partial(
+            train.fit, model, loss_fn, given, 30, given.lr, given.muon_lr, name=method,
+            after_backward=hold.after_backward, after_step=hold.after_step)
+    took = in_turns(cfg, **ways)
+    rows += [{"row": f"routed {method}", "unit": "steps/s", "plain": 30 / took["base"],
+              "ours": 30 / took[method]} for method in ("era", "sgtm")]
+
+
 def bench_linear(cfg, rows, steps=240):
     """Steps/s in the last quarter of a long run against the first: a run costs what its tokens do.
     """
@@ -247,7 +267,8 @@ def bench_linear(cfg, rows, steps=240):
 def main(cfg):
     rows, device = [], train.hardware(cfg)[0].type
     parts = {"step": bench_step, "generate": bench_generate, "batch": bench_batch,
-             "score": bench_score, "attack": bench_attack, "linear": bench_linear}
+             "score": bench_score, "attack": bench_attack, "routed": bench_routed,
+             "linear": bench_linear}
     for name, part in tqdm(parts.items(), desc="bench", leave=False):
         if cfg.only in ("all", name):
             part(cfg, rows)
