@@ -53,8 +53,8 @@ class Config(Attack):
     forget_heads: int = knob(1, "sgtm: attention heads a block for the forget data", 0)
     forget_units: int = knob(64, "sgtm: MLP units a block for the forget data", 0)
     expand: int = knob(64, "era, expanded: MLP units added to a block", 1)
-    off_target: float = knob(-0.75, "era: gradient weight of forget tokens on the original units",
-                             -10, 1)
+    off_target: float = knob(-2.0, "era: gradient weight of forget tokens on the original units "
+                             "(-0.75 in the paper, which is too little in three blocks)", -10, 1)
     l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
     coherence_steps: int = knob(4, "language: steps on 64 retain rows after ablation, best kept", 0)
     token: list[str] | None = knob(None, "steer: the token, or tokens, as text with the space")
@@ -62,6 +62,7 @@ class Config(Attack):
     ablations: bool = knob(False, "digits: all ten settings of the paper's appendix")
     width: int | None = knob(None, "digits: of the first hidden layer (2048 in the paper)", 8)
     with_posthoc: bool = knob(False, "language: maxent, rmu and undo, too, on the same labels")
+    alphas: list[float] = knob([0.6], "with_posthoc: UNDO's noise", 0, 1)
 
 
 # --- masks: the whole idea ------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def posthoc(fraction, truth, task, cfg, base):
     for method in ("maxent", "rmu"):
         own = unlearn.resolved(unlearn.Config(**given), truth, method)
         rows.append((method, unlearn.unlearn(own, task, model, record)))
-    own = fill(undo.Config(**given), truth, "undo")
+    own = fill(undo.Config(**given, alphas=cfg.alphas), truth, "undo")
     own = unlearn.resolved(own, truth, own.method, "unlearn_")
     teacher = unlearn.unlearn(unlearn.Config(**given, method=own.method, lr=own.unlearn_lr,
                                              steps=own.unlearn_steps), task, model, record)

@@ -461,7 +461,7 @@ def test_with_posthoc(made, monkeypatch, capsys):
     path, _ = made
     own = language.SETTINGS["language"]
     short = {m: own[m] | {"steps": 2, "batch_size": 8} for m in ("maxent", "rmu", "graddiff")}
-    short["undo"] = own["undo"] | {"steps": 2, "batch_size": 8, "alphas": [0.5]}
+    short["undo"] = own["undo"] | {"steps": 2, "batch_size": 8}
     for method, settings in short.items():
         monkeypatch.setitem(own, method, settings)
     seen = []
@@ -469,7 +469,7 @@ def test_with_posthoc(made, monkeypatch, capsys):
     monkeypatch.setattr(unlearn, "unlearn", lambda cfg, task, *rest: (
         seen.append((cfg.method, task.pools["forget"])), inner(cfg, task, *rest))[1])
     status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5",
-                                  "--methods=base", "--with_posthoc=true")
+                                  "--methods=base", "--with_posthoc=true", "--alphas=0.5")
     assert status == 0, err
     rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
     assert [r["method"] for r in rows] == ["base", "maxent", "rmu", "undo-0.5"]
