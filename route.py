@@ -668,6 +668,9 @@ def digits(cfg):
     cfg = folder_for(cfg, handwritten.SETTINGS)
     device, parts = hardware(cfg)[0], handwritten.load(cfg.source, cfg.data_dir)
     (x, y), (x_val, y_val) = ((images.to(device), labels.to(device)) for images, labels in parts)
+    missing = set(range(10)) - set(y_val.tolist())
+    if missing:
+        raise BadInput(f"--source={cfg.source} holds out no {min(missing)}: give all ten digits")
     x_val, low_val = x_val / 127.5 - 1, y_val[:, None] < 5
     rows, pictures = [], {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
