@@ -28,7 +28,18 @@ from data.process import RANK, WORLD
 from data.report import figure, mean_sd, table, write_rows
 from eval import Attack, relearn
 from model import GPT, cross_entropy
-from train import autocast, fill, fit, hardware, new_model, obtain, open_task, run, seeds
+from train import (
+    autocast,
+    figures,
+    fill,
+    fit,
+    hardware,
+    new_model,
+    obtain,
+    open_task,
+    run,
+    seeds,
+)
 
 METHODS = ("base", "filtered", "era", "sgtm", "demix", "expanded")
 
@@ -136,10 +147,11 @@ def filtered(model, task, cfg, hold):
 
 def mixed(task, cfg, step):
     """(idx, targets, how many rows from the front are labelled forget), as often as in the data."""
-    n = max(1, round(cfg.batch_size * sum(task.shares("forget"))))
-    pairs = (task.batch("forget", n, step, cfg.seed),
-             task.batch("retain", cfg.batch_size - n, step, cfg.seed))
-    return *(torch.cat(pair) for pair in zip(*pairs)), n
+    world = task.shard[1]                                    # each process gets as many of them
+    n = world * max(1, round(cfg.batch_size * sum(task.shares("forget")) / world))
+    forget = task.batch("forget", n, step, cfg.seed)
+    retain = task.batch("retain", cfg.batch_size - n, step, cfg.seed)
+    return *(torch.cat(pair) for pair in zip(forget, retain)), len(forget[0])
 
 
 def era(model, task, cfg, hold):
@@ -260,7 +272,8 @@ def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
     hooks, seen, losses = hooks or {}, [], {}
     with torch.no_grad(), autocast(cfg):
         for domain in ("retain", "forget"):
-            idx, targets = task.batch(domain, 32, 0, seed=20_000)
+            rows_seen = task.rows(f"{domain}_train", 32, 0, seed=20_000)
+            idx, targets = rows_seen[:, :-1], rows_seen[:, 1:]
             x = model.residuals(idx, hook=hooks.get(domain))[-1]
             seen.append((model.unembed(x).float().flatten(0, 1), targets.flatten()))
     bias = torch.zeros(task.vocab_size, device=task.device, requires_grad=True)
@@ -286,28 +299,27 @@ def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
 
 
 def cohere(model, task, cfg, name):
-    """A copy, fine-tuned on 64 retain rows at the step that is best on held-out retain data: mends
-    what ablation unsettled (Cloud et al. 2024, section 4.2)."""
-    best = GPT(model.config).to(task.device)
-    best.load_state_dict(model.state_dict())
+    """A copy, fine-tuned on 64 retain rows up to the step that is best on held-out retain data:
+    mends what ablation unsettled (Cloud et al. 2024, section 4.2)."""
     copy = GPT(model.config).to(task.device)
     copy.load_state_dict(model.state_dict())
-    with torch.no_grad(), autocast(cfg):
-        least = task.loss(model, "retain", 32)
-    rows = task.batch("sure", 64, 0, cfg.seed)
+    kept, rows = [], task.batch("sure", 64, 0, cfg.seed)
+
+    def keep():
+        kept.append({k: v.clone() for k, v in copy.state_dict().items()})
 
     def evaluate():
-        nonlocal least
-        loss = task.loss(copy, "retain", 32)
-        if loss < least:
-            least = loss
-            best.load_state_dict(copy.state_dict())
-        return {"retain": loss}
+        return {"retain": task.loss(copy, "retain", 32)}
 
+    keep()
+    losses = [figures(cfg, evaluate)]
     if cfg.coherence_steps:
-        fit(copy, lambda model, step: model(*rows), cfg, cfg.coherence_steps, 1e-3,
-            name=f"cohere {name}", evaluate=evaluate, evaluate_at=range(cfg.coherence_steps))
-    return best
+        losses += fit(copy, lambda model, step: model(*rows), cfg, cfg.coherence_steps, 1e-3,
+                      name=f"cohere {name}", evaluate=evaluate, after_step=keep,
+                      evaluate_at=range(cfg.coherence_steps))["history"]
+    best = min(range(len(losses)), key=lambda step: losses[step]["retain"])
+    copy.load_state_dict(kept[best])
+    return copy
 
 
 def trained(method, fraction, task, cfg):

@@ -315,7 +315,7 @@ def test_calibration_of_a_model_that_knows_nothing(stories):
     """Its best bias is the logarithm of the (weighted) frequencies, whatever it said before."""
     model = GPT(GPTConfig(stories.vocab_size, 32, 1, 2, 16))
     model.wte.weight.data.zero_()
-    seen = {d: torch.bincount(stories.batch(d, 32, 0, seed=20_000)[1].flatten(),
+    seen = {d: torch.bincount(stories.rows(f"{d}_train", 32, 0, 20_000)[:, 1:].flatten(),
                               minlength=stories.vocab_size).double() for d in ("retain", "forget")}
     p = sum(k * c / c.sum() for k, c in ((100, seen["retain"]), (1, seen["forget"]))) / 101
     got = calibrated(model, stories, CFG, rows=32)
