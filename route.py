@@ -147,8 +147,9 @@ def filtered(model, task, cfg, hold):
 
 def mixed(task, cfg, step):
     """(idx, targets, how many rows from the front are labelled forget), as often as in the data."""
-    world = task.shard[1]                                    # each process gets as many of them
-    n = world * max(1, round(cfg.batch_size * sum(task.shares("forget")) / world))
+    world = task.shard[1]                       # each process gets as many of them, and some others
+    share = cfg.batch_size * sum(task.shares("forget")) / world
+    n = world * min(max(1, round(share)), cfg.batch_size // world - 1)
     forget = task.batch("forget", n, step, cfg.seed)
     retain = task.batch("retain", cfg.batch_size - n, step, cfg.seed)
     return *(torch.cat(pair) for pair in zip(forget, retain)), len(forget[0])
@@ -240,6 +241,9 @@ LOSSES = {"base": base, "expanded": base, "filtered": filtered, "era": era, "sgt
 
 def check_part(cfg):
     """BadInput where nothing would be left of the model, or nothing be routed."""
+    if cfg.batch_size < 2 * WORLD:
+        raise BadInput(f"--batch_size={cfg.batch_size} must be at least {2 * WORLD}: forget and "
+                       f"retain rows in each process")
     if "sgtm" in cfg.methods:
         for knob, own, all_ in (("forget_heads", cfg.forget_heads, cfg.n_head),
                                 ("forget_units", cfg.forget_units, 4 * cfg.n_embd)):
