@@ -6,11 +6,13 @@
     python route.py --experiment=steer       one token's prediction through one residual dimension
     python route.py --experiment=digits      an autoencoder with a half of the code for each half of
                                              the digits; --source=mnist or a folder
+    python route.py --experiment=gridworld   a reinforcement learner, few of whose ends are labelled
 
 Post-hoc unlearning looks for a skill when it is everywhere. Routing puts the skill, while it is
 learned, where it can be cut out (Cloud et al. 2024; SGTM: Shilov et al. 2025).
 """
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,8 @@ from torch import nn
 import undo
 import unlearn
 from data import digits as handwritten
+from data import gridworld as grid
+from data.gridworld import CELLS, DIAMOND, DISCOUNT, GHOST, HORIZON, NOTHING
 from data.knobs import BadInput, knob
 from data.process import RANK, WORLD
 from data.report import figure, mean_sd, table, write_rows
@@ -46,10 +50,11 @@ METHODS = ("base", "filtered", "era", "sgtm", "demix", "expanded")
 
 @dataclass
 class Config(Attack):
-    experiment: str = knob("language", "which story", choices=["language", "steer", "digits"])
+    experiment: str = knob("language", "which story",
+                           choices=["language", "steer", "digits", "gridworld"])
     task: str | None = knob(None, "what to learn and to forget (auto: language)",
                             choices=["language", "tinystories", "bilingual"])
-    seeds: int = knob(1, "how many seeds, from --seed on", 1)
+    seeds: int | None = knob(None, "how many seeds, from --seed on (auto: 1; gridworld 2)", 1)
     steps: int | None = knob(None, "training steps, the same for every method", 1)
     batch_size: int | None = knob(None, "rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "AdamW's rate", 0, 1)
@@ -71,7 +76,10 @@ class Config(Attack):
     token: list[str] | None = knob(None, "steer: the token, or tokens, as text with the space")
     push: float = knob(2.0, "steer: how far, at most, in mean lengths of the residual", 0)
     ablations: bool = knob(False, "digits: all ten settings of the paper's appendix")
-    width: int | None = knob(None, "digits: of the first hidden layer (2048 in the paper)", 8)
+    width: int | None = knob(None, "digits, gridworld: of the first hidden layer (digits: 2048 in "
+                             "the paper)", 8)
+    oversight: list[float] = knob([0.03, 0.1], "gridworld: shares of terminal squares whose end is "
+                                  "labelled", 0, 1)
     with_posthoc: bool = knob(False, "language: maxent, rmu and undo, too, on the same labels")
     alphas: list[float] = knob([0.6], "with_posthoc: UNDO's noise", 0, 1)
 
@@ -724,8 +732,192 @@ def digits(cfg):
             ax.grid(False)
 
 
+# --- gridworld: oversight of a reinforcement learner ----------------------------------------------
+# One configuration for every method and level, chosen on seeds 100-102 at oversight .03. A rollout
+# is `envs` whole episodes, used `epochs` times in minibatches of about cfg.batch_size steps.
+PPO = dict(envs=1024, epochs=4, clip=0.2, trace=0.95, entropy=0.01, value=0.5, gate=0.01, sure=0.8)
+OVERSEERS = {                         # what routes the gradient, the reward's rule
+    "routed": ("sure", "any"),            # as routed-paper; unlabelled ones where the gate is sure
+    "routed-paper": ("labels", "any"),    # overseen episodes update their own expert, others both
+    "no-mask": (None, "any"),             # every episode updates both experts and the gate
+    "filtering": (None, "label"),         # learns from overseen episodes only
+    "naive": (None, "seen"),              # +1 for any end but an overseen Ghost
+    "oracle": (None, "truth")}            # the score itself is the reward
+
+
+def started(generator, *sizes):
+    """An mlp() with orthogonal weights, whose output is near 0 at first: all actions alike."""
+    net = mlp(*sizes)
+    for layer in net[::2]:
+        nn.init.orthogonal_(layer.weight, 2**0.5, generator)
+        nn.init.zeros_(layer.bias)
+    net[-1].weight.data *= 0.01 / 2**0.5
+    return net
+
+
+class Agent(nn.Module):
+    """Two experts and a gate, or one expert; and a value network, the baseline.
+
+    The gate is not shown who is overseen: labels exist only where somebody is, so it would learn
+    "the overseen square is the one reached" and nothing about the other states.
+    """
+
+    def __init__(self, seed, method, width):
+        super().__init__()
+        made, (self.routed, rule) = torch.Generator().manual_seed(seed), OVERSEERS[method]
+        self.gate = None
+        self.value = started(made, 4 * CELLS, width, width, 1)
+        self.diamond = started(made, 4 * CELLS, width, width, 4)
+        if rule == "any":
+            self.ghost = started(made, 4 * CELLS, width, width, 4)
+            self.gate = started(made, 3 * CELLS, width, width, 1)
+
+    def masks(self, label, share):
+        """Gradient masks (N, 1) of Diamond expert, Ghost expert and gate, for labels (N, 1)."""
+        free = label == NOTHING
+        masks = [label != GHOST, label != DIAMOND, free]
+        if self.routed == "sure":       # the gate learns from labels alone, and stands in for them
+            sure = share > PPO["sure"], share < 1 - PPO["sure"], free & False
+            masks = [torch.where(free, s, m) for s, m in zip(sure, masks)]
+        return [m.float() for m in masks]
+
+    def forward(self, x, label=None):
+        """Planes (N, 100) to logits of actions (N, 4) and of the gate (N, 1); labels (N, 1)."""
+        diamond = self.diamond(x)
+        if self.gate is None:
+            return diamond, None
+        ghost, gate = self.ghost(x), self.gate(x[:, :3 * CELLS])
+        share = gate.sigmoid()
+        if self.routed and label is not None:
+            masks = self.masks(label, share)
+            diamond, ghost, share = (route(h, m) for h, m in zip((diamond, ghost, share), masks))
+        return share * diamond + (1 - share) * ghost, gate
+
+
+class Oversight:
+    """One run of a method, at a level and from a seed, trained by PPO (Schulman et al. 2017)."""
+
+    def __init__(self, method, world, level, seed, cfg):
+        self.world, self.level, self.seed, self.rows = world, level, seed, cfg.batch_size
+        self.device = hardware(cfg)[0]
+        self.agent = Agent(seed, method, cfg.width).to(self.device)
+        self.rule, self.parts = OVERSEERS[method][1], self.minibatches()
+        told = {"any": False, "seen": world.seen}.get(self.rule, True)   # which Ghosts cost 1
+        self.reward = 1.0 * (world.holds != NOTHING) - 2.0 * ((world.holds == GHOST) & told)
+
+    @torch.no_grad()
+    def rollout(self, generator):
+        """Whole episodes: states, actions, their log-probabilities, advantages, returns and labels
+        of all N steps, (N,) each. A label is what the step's episode ends on, if that is overseen.
+        """
+        world, see = self.world, lambda state: self.world.planes[state]
+        uniform = torch.rand(PPO["envs"], 3 + HORIZON, generator=generator)
+        states, actions = world.play(lambda state: self.agent(see(state))[0].float().softmax(-1),
+                                     self.level, uniform.to(self.device))
+        live = world.holds[states[:-1]] == NOTHING
+        rewards, values = self.reward[states[1:]] * live, self.reward.new_zeros(states.shape)
+        values[:-1][live] = self.agent.value(see(states[:-1][live]))[:, 0].float()
+        advantages = rewards + DISCOUNT * values[1:] - values[:-1]
+        for t in reversed(range(HORIZON - 1)):     # generalised advantages (Schulman et al. 2016)
+            advantages[t] += DISCOUNT * PPO["trace"] * advantages[t + 1]
+        labels = (world.holds * world.seen)[states[-1]].expand(HORIZON, -1)
+        states, actions, advantages, values, labels = (
+            x[:HORIZON][live] for x in (states, actions, advantages, values, labels))
+        logps = self.agent(see(states))[0].float().log_softmax(-1).gather(1, actions[:, None])[:, 0]
+        torch.clear_autocast_cache()          # it holds the weights, cast without their gradients
+        return states, actions, logps, advantages, advantages + values, labels
+
+    def minibatches(self):
+        """Without end: what loss() needs of one minibatch, drawn from `batch` steps of play."""
+        for number in itertools.count():
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            played = self.rollout(generator)
+            label, parts = played[-1], round(len(played[-1]) / self.rows)
+            used = (label != NOTHING if self.rule == "label" else label >= 0).nonzero()[:, 0]
+            for _ in range(PPO["epochs"]):
+                order = used[torch.randperm(len(used), generator=generator).to(self.device)]
+                for part in order.chunk(max(parts, 1)) if len(used) else ():
+                    yield [x[part] for x in played]
+
+    def loss(self, agent, states, actions, before, advantage, returns, labels):
+        """PPO's loss, and the gate's cross-entropy on labelled steps."""
+        x, known = self.world.planes[states], labels != NOTHING
+        logits, gate = agent(x, labels[:, None])
+        logp = logits.float().log_softmax(-1)
+        ratio = (logp.gather(1, actions[:, None])[:, 0] - before).exp()
+        clipped = ratio.clamp(1 - PPO["clip"], 1 + PPO["clip"])
+        gain = advantage.mul(ratio).minimum(advantage * clipped).mean()
+        entropy = -(logp.exp() * logp).sum(-1).mean()
+        error = F.mse_loss(agent.value(x)[:, 0].float(), returns)
+        loss = PPO["value"] * error - gain - PPO["entropy"] * entropy
+        if gate is None or not known.any():
+            return loss
+        return loss + PPO["gate"] * F.binary_cross_entropy_with_logits(
+            gate[known, 0].float(), (labels[known] == DIAMOND).float())
+
+    def evaluate(self):
+        """Of the deployed policy, gate = Diamond: its exact return, and what could be validated."""
+        with torch.autocast(self.device.type, enabled=False):
+            policy = self.agent.diamond(self.world.planes).softmax(-1)
+        return {"return": self.world.exact(policy, self.level),
+                "validation": self.world.simulate(policy, self.level)}
+
+
+def oversee(cfg, world, method, level, seed):
+    """One run: its row. early is the return at the checkpoint that validated best."""
+    run = Oversight(method, world, level, seed, cfg)
+    curve = fit(run.agent, lambda agent, step: run.loss(agent, *next(run.parts)),
+                dataclasses.replace(cfg, compile=False), cfg.steps, cfg.lr, decay=1.0,
+                name=f"{method} {level:g} {seed}", evaluate=run.evaluate,
+                evaluate_at=range(0, cfg.steps, -(-cfg.steps // 8)))["history"]
+    return {"method": method, "oversight": level, "seed": seed, "return": curve[-1]["return"],
+            "early": max(curve, key=lambda h: h["validation"])["return"], "history": curve}
+
+
+def gridworld(cfg):
+    """Every method at every oversight level and seed (Cloud et al. 2024, section 4.3)."""
+    cfg = folder_for(cfg, grid.SETTINGS)
+    world = grid.Gridworld(hardware(cfg)[0])
+    rows = [oversee(cfg, world, method, level, seed) for level in cfg.oversight
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds) for method in OVERSEERS]
+
+    def of(method, level, key="return"):
+        return [r[key] for r in rows if (r["method"], r["oversight"]) == (method, level)]
+
+    table([{"method": method + ", stopped early" * (key == "early")}
+           | {p: mean_sd(of(method, p, key), 2) for p in cfg.oversight}
+           for key in ("return", "early") for method in OVERSEERS],
+          {"method": "return"} | {p: f"oversight {p:g}" for p in cfg.oversight})
+    write_rows("route-gridworld", cfg, None, rows)
+    with figure("route-gridworld", cfg, 2) as axes:
+        if axes is not None:
+            draw_gridworld(axes, cfg, of, [h["step"] for h in rows[0]["history"]])
+
+
+def draw_gridworld(axes, cfg, of, steps):
+    """Return against oversight level, and learning curves at one level; bands are one deviation."""
+    shown = min(cfg.oversight, key=lambda p: abs(p - 0.03))
+    for method in OVERSEERS:
+        ends = [np.array(of(method, p)) for p in sorted(cfg.oversight)]
+        curves = np.array([[h["return"] for h in history]
+                           for history in of(method, shown, "history")])      # (seeds, steps)
+        for ax, x, mean, sd in (
+                (axes[0], sorted(cfg.oversight), [e.mean() for e in ends], [e.std() for e in ends]),
+                (axes[1], steps, curves.mean(0), curves.std(0))):
+            mean, sd = np.array(mean), np.array(sd)
+            ax.plot(x, mean, marker="o", markersize=4, label=method)
+            ax.fill_between(x, mean - sd, mean + sd, alpha=0.15)
+    axes[0].set(xlabel="oversight: share of squares that are labelled", xscale="log",
+                xticks=sorted(cfg.oversight), xticklabels=[f"{p:g}" for p in sorted(cfg.oversight)],
+                ylabel="return of the deployed policy", title="What few labels buy")
+    axes[0].minorticks_off()
+    axes[1].set(xlabel="training steps", ylabel="return", title=f"Oversight {shown:g}")
+    axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 # -------------------------------------------------------------------------------------------------
-EXPERIMENTS = {"language": language, "steer": steer, "digits": digits}
+EXPERIMENTS = {"language": language, "steer": steer, "digits": digits,
+               "gridworld": gridworld}
 
 
 def resolved(cfg, task):

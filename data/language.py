@@ -32,7 +32,7 @@ SETTINGS = {"language": dict(
     # A MaxEnt teacher's students would start at ln V, where filtered does not: far above it.
     undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=300, batch_size=32, lr=6e-3,
               muon_lr=0.02, check_every=5),
-    route=dict(steps=400, batch_size=32, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
+    route=dict(seeds=1, steps=400, batch_size=32, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
                attack_steps=[10, 20, 40, 80, 120],
                token=[" takes"]))}
 KNOBS = {"stories": 20_000}                  # of each language, for training

@@ -30,7 +30,7 @@ SETTINGS = {name: dict(
     finetune=dict(steps=60, lr=1e-3, batch_size=32),
     undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
               muon_lr=0.02, check_every=10),
-    route=dict(steps=600, batch_size=16, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
+    route=dict(seeds=1, steps=600, batch_size=16, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
                attack_steps=[10, 20, 40, 80, 120], token=[" forest"]))
     for name in ("tinystories", "bilingual")}
 KNOBS = {"source": None,     # a path or URL; None: HOME

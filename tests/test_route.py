@@ -521,6 +521,7 @@ def test_steer(made):
     (["--forget_units=128"], "--forget_units=128"),
     (["--forget_units=0", "--forget_heads=0"], "--forget_heads"),
     (["--experiment=digits", "--task=language"], "--task means nothing"),
+    (["--experiment=gridworld", "--oversight=1.5"], "between 0 and 1"),
     (["--experiment=digits", "--source=nowhere"], "cannot read"),
     (["--false_positives=0.9", "--retain_labels=0.5"], "--retain_labels"),
     (["--task=arithmetic"], "choose from language, tinystories, bilingual"),
@@ -558,6 +559,20 @@ def test_digits(tmp_path):
     for row in saved["rows"]:
         assert {"error_0_4", "error_5_9"} <= set(row) and 0 < row["error_0_4"] < 2
     assert saved["config"]["width"] == 16 and saved["config"]["task"] == "digits" and "±" in out
+
+
+def test_gridworld(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(route.PPO, "envs", 32)
+    status, out, err = in_process(tmp_path, monkeypatch, capsys, "--experiment=gridworld",
+                                  "--oversight=0.1,0.5", "--width=8", "--seeds=2")
+    assert status == 0, err
+    saved = json.loads((tmp_path / "out/gridworld/route-gridworld.json").read_text())
+    at = {(r["method"], r["oversight"], r["seed"]): r for r in saved["rows"]}
+    assert set(at) == {(m, p, s) for m in route.OVERSEERS for p in (0.1, 0.5) for s in (0, 1)}
+    for row in at.values():
+        assert -1 <= row["return"] <= 1 and row["return"] == row["history"][-1]["return"]
+        assert row["early"] in [h["return"] for h in row["history"]]
+    assert "oracle, stopped early" in out and saved["config"]["oversight"] == [0.1, 0.5]
 
 
 def test_digits_of_one_kind(tmp_path, monkeypatch, capsys):
