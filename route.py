@@ -418,24 +418,28 @@ def draw_language(axes, rows, cfg):
         return np.mean([figure(r) for r in rows
                         if (r["method"], r["label_fraction"]) == (method, fraction)])
 
-    names = list(dict.fromkeys(r["method"] for r in rows))
     fractions = sorted(cfg.label_fractions)
+    style = {}
+    for r in rows:                            # dotted: no labels; dashed: after the fact
+        style[r["method"]] = {"marker": "o", "markersize": 4, "linestyle":
+                              ":" if r["method"] in ("base", "expanded") else
+                              "-" if r["method"] in METHODS else "--"}
     for ax, key, label in ((axes[0], "forget", "forget loss (higher: more is gone)"),
                            (axes[1], "retain", "retain loss (lower is better)")):
-        for name in names:
-            flat = {"linestyle": ":"} if name in ("base", "expanded") else {"marker": "o"}
-            ax.plot([100 * f for f in fractions], [mean(name, f, lambda r: r[f"{key}_finetuned"])
-                                                   for f in fractions], label=name, **flat)
+        for name in style:
+            ax.plot([100 * f for f in fractions],
+                    [mean(name, f, lambda r: r[f"{key}_finetuned"]) for f in fractions],
+                    label=name, **style[name])
         ax.set(xlabel="labelled forget data (%)", ylabel=f"{label}, nats per token", xscale="log",
                xticks=[100 * f for f in fractions],
                xticklabels=[f"{100 * f:g}" for f in fractions])
         ax.minorticks_off()
     axes[0].set_title("What is left after ablation")
     axes[1].set_title("What it costs")
-    shown = min(cfg.label_fractions, key=lambda f: abs(f - 0.5))
-    for name in names:
+    shown = max(cfg.label_fractions)
+    for name in style:
         axes[2].plot(cfg.attack_steps, [mean(name, shown, lambda r: r["relearned"][str(s)])
-                                        for s in cfg.attack_steps], marker="o", label=name)
+                                        for s in cfg.attack_steps], label=name, **style[name])
     axes[2].set(xlabel="fine-tuning steps of the attacker", ylabel="forget loss, worst rate",
                 title=f"Attacked, {shown:.0%} of forget data labelled")
     axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
