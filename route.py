@@ -64,8 +64,10 @@ class Config(Attack):
                                         "the labeller finds", 0.001, 1)
     false_positives: float = knob(0.0, "language: share of the retain data that the labeller takes "
                                   "for forget data", 0, 0.9)
-    retain_labels: float = knob(0.25, "language: share of the retain data labelled retain, which "
-                                "SGTM needs (others take what is not labelled forget)", 0.001, 1)
+    retain_labels: float | None = knob(None, "language: share of the retain data labelled retain, "
+                                       "which SGTM needs; others take all that is not labelled "
+                                       "forget (auto: as of the forget data; the paper: 0.25)",
+                                       0.001, 1)
     forget_heads: int = knob(1, "sgtm: attention heads a block for the forget data", 0)
     forget_units: int = knob(64, "sgtm: MLP units a block for the forget data", 0)
     expand: int = knob(64, "era, expanded: MLP units added to a block", 1)
@@ -260,9 +262,6 @@ def check_part(cfg):
                                f"data")
         if not cfg.forget_heads + cfg.forget_units:
             raise BadInput("--forget_heads=0 and --forget_units=0: give the forget data a part")
-        if cfg.false_positives + cfg.retain_labels > 1:
-            raise BadInput(f"--false_positives={cfg.false_positives} and --retain_labels="
-                           f"{cfg.retain_labels} are more than all retain data")
 
 
 def part_of(method, cfg):
@@ -338,7 +337,7 @@ def trained(method, fraction, task, cfg):
     """(model, record) of a method under labels for a fraction of the forget data, from disk or
     made. Every method sees as many tokens."""
     own = {"era": ("expand", "off_target", "l1"), "expanded": ("expand",),
-           "sgtm": ("forget_heads", "forget_units", "retain_labels")}.get(method, ())
+           "sgtm": ("forget_heads", "forget_units")}.get(method, ())
     made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
                                               "lr", "muon_lr", "steps", *own)}
     made_with |= {"method": method, "block_size": task.block_size}
@@ -346,6 +345,8 @@ def trained(method, fraction, task, cfg):
     if LOSSES[method] is not base:
         name += f"-{100 * fraction:g}"
         made_with |= {"label_fraction": fraction, "false_positives": cfg.false_positives}
+    if method == "sgtm":
+        made_with["retain_labels"] = cfg.retain_labels or fraction
 
     def make(keep):
         extra = 0 if method == "sgtm" else part_of(method, cfg)[1]
@@ -452,7 +453,7 @@ def language(cfg):
     check_part(cfg)
     rows = []
     for own in seeds(cfg):
-        views = {f: task.labelled(f, cfg.false_positives, cfg.retain_labels)
+        views = {f: task.labelled(f, cfg.false_positives, cfg.retain_labels or f)
                  for f in cfg.label_fractions}
         models = {(method, f): trained(method, f, view, own)
                   for f, view in views.items() for method in cfg.methods}

@@ -86,7 +86,7 @@ class Task:
 
         fraction          share of the forget texts that are labelled forget (recall)
         false_positives   share of the retain texts that are labelled forget, too
-        sure              share of the retain texts that are labelled retain
+        sure              share of the retain texts that are labelled retain, of those left
         Its splits are then forget (so labelled), retain (all others: what filtering keeps), sure
         (labelled retain), unlabelled (neither), and all. Texts are in random order on disk, so that
         a label is a stretch of a file. Held-out batches and scores go by the truth, as ever.

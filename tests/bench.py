@@ -231,7 +231,7 @@ def bench_routed(cfg, rows):
     given = route.Config(**train.common(cfg) | {"task": "language"})
     task = data.load("language", cfg.data_dir, device=train.hardware(cfg)[0])
     given = route.resolved(given, task)
-    view, ways = task.labelled(0.5, given.false_positives, given.retain_labels), {}
+    view, ways = task.labelled(0.5, 0.0, 0.5), {}
     for method in ("base", "era", "sgtm"):
         extra = given.expand if method == "era" else 0
         model, hold = train.new_model(given, task, extra), route.Hold()

@@ -523,7 +523,7 @@ def test_steer(made):
     (["--experiment=digits", "--task=language"], "--task means nothing"),
     (["--experiment=gridworld", "--oversight=1.5"], "between 0 and 1"),
     (["--experiment=digits", "--source=nowhere"], "cannot read"),
-    (["--false_positives=0.9", "--retain_labels=0.5"], "--retain_labels"),
+    (["--retain_labels=0"], "--retain_labels=0.0"),
     (["--task=arithmetic"], "choose from language, tinystories, bilingual"),
     (["--experiment=steer", "--token=Rome is where it is"], "tokens of this vocabulary"),
     (["--experiment=steer", "--n_layer=1"], "--n_layer=1"),
