@@ -81,7 +81,7 @@ class Config(Attack):
     width: int | None = knob(None, "digits, gridworld: of the first hidden layer (digits: 2048 in "
                              "the paper)", 8)
     oversight: list[float] = knob([0.03, 0.1], "gridworld: shares of terminal squares whose end is "
-                                  "labelled", 0, 1)
+                                  "labelled", 0.001, 1)
     with_posthoc: bool = knob(False, "language: maxent, rmu and undo, too, on the same labels")
     alphas: list[float] = knob([0.6], "with_posthoc: UNDO's noise", 0, 1)
 
@@ -833,7 +833,8 @@ class Oversight:
         return states, actions, logps, advantages, advantages + values, labels
 
     def minibatches(self):
-        """Without end: what loss() needs of one minibatch, drawn from `batch` steps of play."""
+        """Without end: what loss() needs of one minibatch. Filtering has as many updates as others,
+        from fewer rows."""
         for number in itertools.count():
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             played = self.rollout(generator)
@@ -881,6 +882,9 @@ def oversee(cfg, world, method, level, seed):
 
 def gridworld(cfg):
     """Every method at every oversight level and seed (Cloud et al. 2024, section 4.3)."""
+    if WORLD > 1:
+        raise BadInput("--experiment=gridworld runs in one process: its models are too small for "
+                       "more")
     cfg = folder_for(cfg, grid.SETTINGS)
     world = grid.Gridworld(hardware(cfg)[0])
     rows = [oversee(cfg, world, method, level, seed) for level in cfg.oversight
@@ -921,8 +925,7 @@ def draw_gridworld(axes, cfg, of, steps):
 
 
 # -------------------------------------------------------------------------------------------------
-EXPERIMENTS = {"language": language, "steer": steer, "digits": digits,
-               "gridworld": gridworld}
+EXPERIMENTS = {"language": language, "steer": steer, "digits": digits, "gridworld": gridworld}
 
 
 def resolved(cfg, task):

@@ -521,7 +521,7 @@ def test_steer(made):
     (["--forget_units=128"], "--forget_units=128"),
     (["--forget_units=0", "--forget_heads=0"], "--forget_heads"),
     (["--experiment=digits", "--task=language"], "--task means nothing"),
-    (["--experiment=gridworld", "--oversight=1.5"], "between 0 and 1"),
+    (["--experiment=gridworld", "--oversight=0"], "between 0.001 and 1"),
     (["--experiment=digits", "--source=nowhere"], "cannot read"),
     (["--retain_labels=0"], "--retain_labels=0.0"),
     (["--task=arithmetic"], "choose from language, tinystories, bilingual"),
