@@ -720,8 +720,9 @@ def digits(cfg):
                 rows.append({"setting": name, "seed": seed} | found
                             | {"ratio": found["error_0_4"] / found["error_5_9"]})
                 if seed == cfg.seed:
-                    ten = [(y_val == digit).nonzero()[0, 0].item() for digit in range(10)]
-                    pictures[name] = x_val[ten], *model(x_val[ten], low_val[ten])[2:]
+                    two = [(y_val == digit).nonzero()[i, 0].item()
+                           for i in (0, -1) for digit in range(10)]            # of each digit
+                    pictures[name] = x_val[two], *model(x_val[two], low_val[two])[2:]
     columns = {"error_0_4": "0-4", "error_5_9": "5-9", "ratio": "ratio",
                "absolute_0_4": "|0-4|", "absolute_5_9": "|5-9|"}
     table([{"setting": name} | {key: mean_sd([r[key] for r in rows if r["setting"] == name], 3)
@@ -730,10 +731,11 @@ def digits(cfg):
     write_rows("route-digits", cfg, None, rows)
     with figure("route-digits", cfg, 2) as axes:
         for ax, (name, shown) in zip([] if axes is None else axes, pictures.items()):
-            lines = [torch.cat(list(p.float().cpu().view(10, 28, 28)), 1) for p in shown]
+            lines = [torch.cat(list(images), 1) for ten in (slice(0, 10), slice(10, 20))
+                     for images in (p.float().cpu().view(20, 28, 28)[ten] for p in shown)]
             ax.imshow(torch.cat(lines), cmap="gray", vmin=-1, vmax=1)
-            ax.set(title=name, xticks=[], yticks=[14, 42, 70],
-                   yticklabels=["original", "top half", "bottom half"])
+            ax.set(title=name, xticks=[], yticks=[14 + 28 * i for i in range(6)],
+                   yticklabels=["original", "top half", "bottom half"] * 2)
             ax.grid(False)
 
 
