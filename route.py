@@ -76,7 +76,7 @@ class Config(Attack):
     l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
     coherence_steps: int = knob(4, "language: steps on 64 retain rows after ablation, best kept", 0)
     token: list[str] | None = knob(None, "steer: the token, or tokens, as text with the space")
-    push: float = knob(1.0, "steer: how far, at most, in mean lengths of the residual", 0)
+    push: float = knob(2.0, "steer: how far, at most, in mean lengths of the residual", 0)
     ablations: bool = knob(False, "digits: all ten settings of the paper's appendix")
     width: int | None = knob(None, "digits, gridworld: of the first hidden layer (digits: 2048 in "
                              "the paper)", 8)
@@ -482,8 +482,8 @@ LANE = 0                     # the residual dimension through which the predicti
 
 
 def steered(name, ids, task, cfg):
-    """(model, record): at positions whose next token is one of ids, the residual from the middle
-    layer on passes gradient through dimension LANE alone (Cloud et al. 2024, section 4.1.2).
+    """(model, record): at positions whose next token is one of ids, the residual of the middle
+    layers passes gradient through dimension LANE alone (Cloud et al. 2024, section 4.1.2).
 
     name   "routed", or "control": the same training without the mask
     """
@@ -513,9 +513,8 @@ def steered(name, ids, task, cfg):
 
 
 def middle_layers(cfg):
-    """The blocks after which the residual is routed, and pushed: from the middle to the last (the
-    paper: 6 to 18 of 20). In three blocks a last one that is free makes the token anew."""
-    return range(cfg.n_layer // 3, cfg.n_layer)
+    """The blocks after which the residual is routed: 6 to 18 of 20 in the paper."""
+    return range(cfg.n_layer // 3, cfg.n_layer - 1)
 
 
 PUSHES = (-1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1)          # in units of cfg.push
@@ -530,13 +529,13 @@ def measure(model, ids, task, cfg):
     sign = along[ids[along[ids].abs().argmax()]].sign()          # up is where the token is
     order = (sign * along).argsort(descending=True)
     idx, targets = task.batch("all", 64, 0, 0, "val")
-    lane = F.one_hot(torch.tensor(LANE), rows.size(1)).to(task.device) * sign * cfg.push
-    up = {i: lane * model(idx, residual=i + 1).float().norm(dim=-1).mean()
-          for i in middle_layers(cfg)}
+    layer = middle_layers(cfg)[-1]
+    length = model(idx, residual=layer + 1).float().norm(dim=-1).mean()
+    up = F.one_hot(torch.tensor(LANE), rows.size(1)).to(task.device) * sign * length * cfg.push
 
     def pushed(s):
-        return lambda site, i, h: (h + s * up[i].to(h.dtype)
-                                   if site == "residual" and i in up else h)
+        return lambda site, i, h: (h + s * up.to(h.dtype)
+                                   if site == "residual" and i == layer else h)
 
     def likely(logits, _):
         return logits.softmax(-1)[:, ids].sum()
@@ -557,6 +556,8 @@ def measure(model, ids, task, cfg):
 def steer(cfg):
     task = open_task(cfg)
     cfg = resolved(cfg, task)
+    if not middle_layers(cfg):
+        raise BadInput(f"--n_layer={cfg.n_layer}: steering needs 2 blocks or more")
     ids = []
     for text in cfg.token:
         tokens = task.tokenizer.encode_ordinary(text)

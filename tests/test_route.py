@@ -526,6 +526,7 @@ def test_steer(made):
     (["--retain_labels=0"], "--retain_labels=0.0"),
     (["--task=arithmetic"], "choose from language, tinystories, bilingual"),
     (["--experiment=steer", "--token=Rome is where it is"], "tokens of this vocabulary"),
+    (["--experiment=steer", "--n_layer=1"], "--n_layer=1"),
     (["--experiment=steer", "--token="], "--token"),
     (["--pushh=1"], "did you mean --push")])
 def test_bad_input(made, monkeypatch, capsys, arguments, said):
