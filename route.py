@@ -173,9 +173,8 @@ def era(model, task, cfg, hold):
     sigmoid(r - 1/r - 4), r = its frequency in forget over retain texts (the paper's appendix; there
     by the truth, here by the labels). cfg.l1 times the L1 norm of activations asks for sparse ones.
     """
-    forget, retain = ((task.counts(split) + 1.0) / (task.counts(split) + 1.0).sum()
-                      for split in ("forget", "retain"))
-    r = forget / retain
+    forget, retain = (task.counts(split) + 1.0 for split in ("forget", "retain"))
+    r = (forget / forget.sum()) / (retain / retain.sum())
     w = 1 - torch.sigmoid(r - 1 / r - 4)
     weight = (w + (1 - w) * cfg.off_target).float().to(task.device)                     # (V,)
     new = torch.arange(model.config.n_units, device=task.device) >= 4 * model.config.n_embd
@@ -247,6 +246,7 @@ def demix(model, task, cfg, hold):
 
 LOSSES = {"base": base, "expanded": base, "filtered": filtered, "era": era, "sgtm": sgtm,
           "demix": demix}
+NO_LABELS = ("base", "expanded")         # the same model at every label fraction
 
 
 def check_part(cfg):
@@ -283,8 +283,8 @@ def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
     hooks, seen, losses = hooks or {}, [], {}
     with torch.no_grad(), autocast(cfg):
         for domain in ("retain", "forget"):
-            rows_seen = task.rows(f"{domain}_train", 32, 0, seed=20_000)
-            idx, targets = rows_seen[:, :-1], rows_seen[:, 1:]
+            tokens = task.rows(f"{domain}_train", 32, 0, seed=20_000)
+            idx, targets = tokens[:, :-1], tokens[:, 1:]
             x = model.residuals(idx, hook=hooks.get(domain))[-1]
             seen.append((model.unembed(x).float().flatten(0, 1), targets.flatten()))
     bias = torch.zeros(task.vocab_size, device=task.device, requires_grad=True)
@@ -333,16 +333,20 @@ def cohere(model, task, cfg, name):
     return copy
 
 
+def recipe(cfg, task):
+    """What the weights of every language model here depend on."""
+    return {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size", "lr",
+                                         "muon_lr", "steps")} | {"block_size": task.block_size}
+
+
 def trained(method, fraction, task, cfg):
     """(model, record) of a method under labels for a fraction of the forget data, from disk or
     made. Every method sees as many tokens."""
     own = {"era": ("expand", "off_target", "l1"), "expanded": ("expand",),
            "sgtm": ("forget_heads", "forget_units")}.get(method, ())
-    made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
-                                              "lr", "muon_lr", "steps", *own)}
-    made_with |= {"method": method, "block_size": task.block_size}
+    made_with = recipe(cfg, task) | {k: getattr(cfg, k) for k in own} | {"method": method}
     name = f"route-{method}"
-    if LOSSES[method] is not base:
+    if method not in NO_LABELS:
         name += f"-{100 * fraction:g}"
         made_with |= {"label_fraction": fraction, "false_positives": cfg.false_positives}
     if method == "sgtm":
@@ -365,7 +369,7 @@ def examine(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=Non
     truth but for the fine-tuning, whose rows are labelled retain."""
     before = calibrated(model, task, cfg, hooks)
     ablate(model, *part)
-    after = calibrated(model, task, cfg)
+    after = calibrated(model, task, cfg) if any(part) else before
     tuned = cohere(model, labelled, cfg, method)
     finetuned = calibrated(tuned, task, cfg)
     worst = relearn(tuned, task, cfg, method)["worst"]
@@ -402,12 +406,12 @@ def summary(rows, cfg):
     """One dict a method and label fraction, ready for the table: mean over seeds, +- deviation."""
     lines = []
     for method, fraction in dict.fromkeys((r["method"], r["label_fraction"]) for r in rows):
-        if method in ("base", "expanded") and fraction != cfg.label_fractions[0]:
-            continue                                            # they do not look at labels
+        if method in NO_LABELS and fraction != cfg.label_fractions[0]:
+            continue
         same = [r | {f"after {step}": loss for step, loss in r["relearned"].items()}
                 for r in rows if (r["method"], r["label_fraction"]) == (method, fraction)]
-        lines.append({"method": method, "labels": "any" if method in ("base", "expanded")
-                      else f"{fraction:.0%}"} | {k: mean_sd([r[k] for r in same], 2)
+        lines.append({"method": method, "labels": "any" if method in NO_LABELS else
+                      f"{fraction:.0%}"} | {k: mean_sd([r[k] for r in same], 2)
                                                  for k in same[0] if "_" in k or " " in k
                                                  or k in ("retain", "forget")})
     return lines
@@ -423,7 +427,7 @@ def draw_language(axes, rows, cfg):
     style = {}
     for r in rows:                            # dotted: no labels; dashed: after the fact
         style[r["method"]] = {"marker": "o", "markersize": 4, "linestyle":
-                              ":" if r["method"] in ("base", "expanded") else
+                              ":" if r["method"] in NO_LABELS else
                               "-" if r["method"] in METHODS else "--"}
     for ax, key, label in ((axes[0], "forget", "forget loss (higher: more is gone)"),
                            (axes[1], "retain", "retain loss (lower is better)")):
@@ -459,7 +463,7 @@ def language(cfg):
                   for f, view in views.items() for method in cfg.methods}
         for (method, f), (model, _) in models.items():
             first = [r for r in rows if (r["method"], r["seed"]) == (method, own.seed)]
-            if first and LOSSES[method] is base:
+            if first and method in NO_LABELS:
                 rows.append(first[0] | {"label_fraction": f})
                 continue
             hooks = {domain: silence(units=units) for domain, units
@@ -505,11 +509,8 @@ def steered(name, ids, task, cfg):
         return model, fit(model, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name,
                           decay=0.8, tokens=cfg.batch_size * task.block_size, keep=keep)
 
-    made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
-                                              "lr", "muon_lr", "steps")}
-    if name == "routed":
-        made_with["token"] = ids.tolist()
-    return obtain(f"steer-{name}", cfg, task, made_with | {"block_size": task.block_size}, make)
+    made_with = recipe(cfg, task) | ({"token": ids.tolist()} if name == "routed" else {})
+    return obtain(f"steer-{name}", cfg, task, made_with, make)
 
 
 def middle_layers(cfg):

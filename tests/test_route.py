@@ -109,16 +109,15 @@ def test_forget_part_and_ablation(stories):
     assert all(torch.equal(p, before[n]) for n, p in untouched.named_parameters())
 
 
-def optimizers(model, lr, muon_lr):
-    """As train's, but everything decays."""
-    blocks = list(model.blocks.parameters()) if muon_lr else []
-    rest = [p for p in model.parameters() if not any(p is b for b in blocks)]
-    made = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.1)]
-    if blocks:
-        made.append(torch.optim.Muon(blocks, lr=muon_lr, momentum=0.9, weight_decay=0.1))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+def decaying(optimizers):
+    """train.optimizers, but everything decays."""
+    def made(*given):
+        found = optimizers(*given)
+        for optimizer in found:
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 0.1
+        return found
+
     return made
 
 
@@ -126,7 +125,7 @@ def optimizers(model, lr, muon_lr):
 def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr):
     """Through whole steps, momentum and weight decay on: on forget rows no parameter of the blocks
     moves but the forget part, on labelled retain rows none of the forget part, else all."""
-    monkeypatch.setattr(train, "optimizers", optimizers)
+    monkeypatch.setattr(train, "optimizers", decaying(train.optimizers))
     task, model, hold = stories.labelled(0.7, 0.1, 0.5), lively(stories), Hold()
     loss_fn = route.sgtm(model, task, CFG, hold)
     marked = lively(stories)
