@@ -196,6 +196,12 @@ class GPT(nn.Module):
             for w in (block.attn.proj.weight, block.mlp.down.weight):
                 w.zero_()
 
+    def clone(self):
+        """A model of its own with the same weights."""
+        copy = GPT(self.config).to(self.wte.weight.device)
+        copy.load_state_dict(self.state_dict())
+        return copy
+
     def residuals(self, idx, cache=None, hook=None):
         """The residual stream (B, T, C) after the embedding and after each block: n_layer + 1."""
         T = idx.size(1)
@@ -217,7 +223,8 @@ class GPT(nn.Module):
                 hook=None):
         """idx (B, T) int64 -> logits (B, T, V), or what is asked for instead:
 
-        targets    (B, T, ...): the mean over tokens, in float32, of criterion(logits, targets)
+        targets    (B, T, ...): the mean over tokens, in float32, of criterion(logits, targets);
+                   (B, n, ...) with n < T: over the last n tokens of each row
         criterion  (N, V) logits in float32 and (N, ...) targets -> their loss, the sum over rows
         residual   an index into residuals(): that one, (B, T, C)
         hook       changes what blocks compute: see the top of this file
@@ -231,7 +238,7 @@ class GPT(nn.Module):
         def loss(x, targets):
             return criterion(self.unembed(x).float(), targets)
 
-        x, targets = stream[-1].flatten(0, 1), targets.flatten(0, 1)
+        x, targets = stream[-1][:, -targets.size(1):].flatten(0, 1), targets.flatten(0, 1)
         rows = max(LOGITS // self.config.vocab_size, 1)
         if len(x) <= rows:
             return loss(x, targets) / len(x)

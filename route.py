@@ -312,9 +312,7 @@ def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
 def cohere(model, task, cfg, name):
     """A copy, fine-tuned on 64 retain rows up to the step that is best on held-out retain data:
     mends what ablation unsettled (Cloud et al. 2024, section 4.2)."""
-    copy = GPT(model.config).to(task.device)
-    copy.load_state_dict(model.state_dict())
-    kept, rows = [], task.batch("sure", 64, 0, cfg.seed)
+    copy, kept, rows = model.clone(), [], task.batch("sure", 64, 0, cfg.seed)
 
     def keep():
         kept.append({k: v.clone() for k, v in copy.state_dict().items()})

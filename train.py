@@ -55,6 +55,8 @@ class Common:
     words: float | None = knob(None, "arithmetic: share of word problems", 0, 1)
     heldout_pairs: float | None = knob(None, "arithmetic: share of operand pairs never shown",
                                         0, 0.5)
+    prior: str | None = knob(None, "pcfg: how often pretraining asks for a, b and c",
+                             choices=["low", "medium", "high"])
     block_size: int | None = knob(None, "T, tokens in a row", 8, 2**20)
     n_layer: int | None = knob(None, "blocks", 1, 1000)
     n_head: int | None = knob(None, "attention heads", 1, 2**20)
@@ -461,7 +463,8 @@ HELD = {}                    # folders that this process has taken, for as long 
 def open_task(cfg, writes=True):
     """The task that cfg names. writes: takes OUT/TASK/, so that no other run writes there."""
     folder = Path(cfg.out) / cfg.task               # a bad --out is noticed now, not after training
-    knobs = {k: getattr(cfg, k) for k in ("source", "source2", "stories", "words", "heldout_pairs")}
+    knobs = {k: getattr(cfg, k) for k in ("source", "source2", "stories", "words", "heldout_pairs",
+                                          "prior")}
     for first in (True, False):                     # one process makes the data, if any must
         if first == (RANK == 0):
             task = data.load(cfg.task, cfg.data_dir, cfg.block_size, hardware(cfg)[0], **knobs)

@@ -17,7 +17,6 @@ import unlearn
 from data.knobs import knob
 from data.report import figure, mean_sd, table, write_rows
 from eval import draw_relearning, relearn, robustness, within
-from model import GPT
 from train import (
     autocast,
     fill,
@@ -74,8 +73,8 @@ def distil(student, teacher, task, cfg, name, keep=None):
         goal = task.score(teacher, ("retain",), quick=True)["retain"]
 
     def loss_fn(model, step):
-        idx, _ = task.batch("all", cfg.batch_size, step, cfg.seed)
-        return imitate(model, teacher, idx)
+        idx, targets = task.batch("all", cfg.batch_size, step, cfg.seed)
+        return imitate(model, teacher, idx, targets.size(1))
 
     record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
                  frozen=(teacher,), tokens=cfg.batch_size * task.block_size, keep=keep,
@@ -98,11 +97,10 @@ def undo(alpha, cfg, task, teacher, teacher_record):
         cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
 
     def make(keep):
-        student = GPT(teacher.config).to(task.device)
+        student = teacher.clone()
         if alpha is None:
             student.init_weights(cfg.seed + 1)
         else:
-            student.load_state_dict(teacher.state_dict())
             noise(student, alpha, cfg.beta, cfg.seed)
         record = distil(student, teacher, task, cfg, name, keep)
         record["flops"] += teacher_record["flops"]

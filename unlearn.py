@@ -18,7 +18,6 @@ import train
 from data.knobs import BadInput, knob
 from data.report import figure, table, write_rows
 from eval import Attack, draw_relearning, relearn, within
-from model import GPT
 from train import (
     autocast,
     common,
@@ -59,8 +58,10 @@ def kl(teacher_logits, logits):
                     reduction="sum")
 
 
-def imitate(model, teacher, idx):
+def imitate(model, teacher, idx, n=0):
     """Mean over tokens (B, T) of KL(teacher || model), the teacher's gradients left out.
+
+    n   if given: over the last n tokens of each row, where the others are no targets
 
     The teacher's part in it is its last residual: logits are made where they are compared.
     """
@@ -70,7 +71,7 @@ def imitate(model, teacher, idx):
         return kl(target, logits)
 
     with torch.no_grad():
-        x = teacher(idx, residual=-1)
+        x = teacher(idx, residual=-1)[:, -n:]
     return model(idx, x, criterion)
 
 
@@ -117,7 +118,7 @@ def oracle(model, forget, retain, reference, cfg):
     """KL(filtered || model) on the unlabelled mix: the best that training on outputs can do, a
     model that behaves as though it had never seen the data (Lee et al. 2025, section 3).
     """
-    return imitate(model, reference, torch.cat((forget[0], retain[0])))
+    return imitate(model, reference, torch.cat((forget[0], retain[0])), forget[1].size(1))
 
 
 LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
@@ -158,8 +159,7 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
         return LOSSES[cfg.method](model, forget, retain, reference, cfg)
 
     def attempt(lr, keep=None):
-        model = GPT(base.config).to(task.device)
-        model.load_state_dict(base.state_dict())
+        model = base.clone()
         record = fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
                      tokens=2 * half * task.block_size, frozen=(reference,),
                      evaluate=lambda: task.score(model, quick=True), keep=keep)

@@ -88,9 +88,9 @@ def train(texts, vocab_size, name="task", progress=None):
     return encoding(spell, name)
 
 
-def encoding(tokens, name):
+def encoding(tokens, name, pattern=PATTERN):
     """The tiktoken.Encoding of a list of byte strings in rank order; END gets the next id."""
-    return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={END: len(tokens)},
+    return tiktoken.Encoding(name, pat_str=pattern, special_tokens={END: len(tokens)},
                              mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
 
 
