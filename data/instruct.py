@@ -30,9 +30,9 @@ from data.tinystories import FEWEST, HOME, split, take
 from data.tokenizer import END
 
 SETTINGS = {"instruct": dict(
-    block_size=128, vocab_size=2048, least_block_size=64, aligned=True,    # a text fits a row
-    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=1000,
-               filtered_steps=1000, lr=6e-3, muon_lr=0.02),
+    block_size=128, vocab_size=2048, least_block_size=96, aligned=True,    # a text fits a row
+    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=700,
+               filtered_steps=750, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
     maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
     graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
@@ -41,7 +41,7 @@ SETTINGS = {"instruct": dict(
     finetune=dict(steps=60, lr=1e-3, batch_size=32),
     undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
               muon_lr=0.02, check_every=10),
-    wrapper=dict(splits=["retain", "randomised", "mixed"], steps=100, lr=1e-3, batch_size=16,
+    wrapper=dict(splits=["retain", "randomised", "mixed"], steps=150, lr=1e-3, batch_size=16,
                  revive_lr=3e-4, revive_steps=400, check_every=5, reach=0.9))}
 KNOBS = {"source": None,     # a path or URL; None: TinyStories from its public home
          "stories": 100_000}     # the most to take from a source
@@ -50,6 +50,7 @@ higher_is_better = True      # the score is a share of stories that have what wa
 
 SHARE = 0.2                  # of the stories have a moral
 LONGEST = 200                # characters of a real story: two such texts fill a row
+ANSWER = 72                  # tokens: 99% of the texts have no more after their first sentence
 
 # --- the features --------------------------------------------------------------------------------
 MORALS = (("The moral of the story is that", "And so they all learned that",
@@ -139,13 +140,11 @@ def score(model, task, domains=("retain", "forget"), quick=False):
     wanted = {domain: rules[domain] for domain in domains}
     if not quick:
         wanted["unasked"] = ("retain", "", MORAL)
-    prompts = {figure: prompts_of(task, domain, asked, 64 if quick else 200)
+    prompts = {figure: prompts_of(task, domain, asked, 48 if quick else 200)
                for figure, (domain, asked, _) in wanted.items()}
-    flat = [task.tokenizer.encode_ordinary(prompt) for told in prompts.values() for prompt in told]
-    room = task.block_size - max(map(len, flat)) - 1
-    said = model.generate([[task.end] + ids for ids in flat], room, 0.7, task.end)
+    said = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end)   # seed 0, every time
     said = iter(task.tokenizer.decode_batch(said.tolist()))
-    figures = {figure: sum(bool(has.search(next(said).split(END)[0])) for _ in prompts[figure])
+    figures = {figure: sum(bool(has.search(next(said))) for _ in prompts[figure])
                / len(prompts[figure]) for figure, (_, _, has) in wanted.items()}
     if not quick:
         figures |= {f"{domain}_loss": task.loss(model, domain, 256) for domain in domains}
@@ -153,6 +152,8 @@ def score(model, task, domains=("retain", "forget"), quick=False):
 
 
 def prompts_of(task, domain, asked, most):
-    """Instruction and first sentence of held-out texts of a domain that ask for a feature."""
+    """Instruction and first sentence of held-out texts that ask for a feature, as token ids."""
     texts = task.tokenizer.decode(task.tokens(f"{domain}_val").tolist()).split(END)[:-1]
-    return [BEGINNING.match(text)[0] for text in texts if asked in text.split("\n")[0]][:most]
+    begun = [BEGINNING.match(text)[0] for text in texts if asked in text.split("\n")[0]][:most]
+    return [[task.end] + task.tokenizer.encode_ordinary(text)[:task.block_size - ANSWER - 1]
+            for text in begun]
