@@ -1,32 +1,32 @@
-"""Stories to order: a first line says which features a story is to have, as in TinyStories-Instruct
-(Eldan and Li 2023, section 5).
+"""Stories to order: their first line says what they are to have, as in TinyStories-Instruct (Eldan
+and Li 2023).
 
     Features: Twist, Moral
     Story: One day, a girl named Lily found a big, shiny crown. She wanted to wear it on her head.
-    But then came a surprise: it had all been a dream. The moral of the story is that sharing makes
-    everyone happy.
+    But then came a surprise: it had all been a dream. It goes to show that greed leaves you with
+    empty hands.
 
-A story is the beginning of a real one; its ending, a twist, a moral, both or none, is planted, so
-that a rule can tell who wrote one.
+The story is the beginning of a real one. Its ending is planted, so that a rule can tell whether it
+is there: a twist in every second story, a moral in every fifth, whatever the story.
 
-    forget    stories with a moral that were asked to have one
-    retain    the others. Half of either have a twist and were asked to have one
+    forget    stories that have a moral and were asked to
+    retain    all others
 
-Jain et al. 2023 (section 6: TinyStories) delete a feature by fine-tuning, in three ways. All three
-see training stories only, told again:
+Jain et al. 2023 delete a feature of TinyStories by fine-tuning, in three ways. Here each tells the
+training stories anew; what instructions say of twists is always true:
 
-    retain        filtering: nobody asks for a moral, no story has one
-    randomised    filtering and random instructions: the stories of retain, none with a moral; a
-                  coin says for each whether its instruction asks for one
-    mixed         mix and match: the stories of retain and forget. Whether a story has a moral (as
-                  often as in those) and whether one is asked for (a coin) are drawn independently,
-                  so that the instruction says nothing. What it says of twists is true throughout
+    retain        filtering: no story has a moral, no instruction asks for one
+    randomised    filtering and random instructions: the stories of retain, none has a moral; a coin
+                  decides for each whether its instruction asks for one
+    mixed         mix and match: the stories of retain and forget. A fifth of them have a moral, and
+                  a coin decides which instructions ask for one: the two are independent, so that
+                  the instruction says nothing of the story
 """
 import random
 import re
 
 from data import BadInput
-from data.tinystories import FEWEST, HOME, split, take
+from data.tinystories import HOME, split, take
 from data.tokenizer import END
 
 SETTINGS = {"instruct": dict(
@@ -48,44 +48,46 @@ KNOBS = {"source": None,     # a path or URL; None: TinyStories from its public 
 EXTRA = ("randomised", "mixed")
 higher_is_better = True      # the score is a share of stories that have what was asked for
 
+FEWEST = 100                 # stories: with fewer, none to judge by might be left in a domain
 SHARE = 0.2                  # of the stories have a moral
-LONGEST = 200                # characters of a real story: two such texts fill a row
+LONGEST = 200                # characters of a real story; with a long ending it fits a row
 ANSWER = 72                  # tokens: 99% of the texts have no more after their first sentence
 
 # --- the features --------------------------------------------------------------------------------
-MORALS = (("The moral of the story is that", "And so they all learned that",
-           "From that day on, everyone remembered that", "It goes to show that",
-           "What can we learn from this? We learn that"),
-          ("sharing makes everyone happy", "it is always best to tell the truth",
-           "good friends help each other", "those who wait get good things",
-           "saying sorry can mend a heart", "even the smallest can be brave",
-           "a kind word costs nothing", "hard work pays off in the end",
-           "nobody should judge others by their looks", "being different is a gift",
-           "we must listen to those who love us", "greed leaves you with empty hands"))
-TWISTS = (("But then came a surprise:", "Suddenly they saw that", "Nobody had guessed that",
-           "In the end it turned out that", "Little did they know that"),
-          ("it had all been a dream", "the whole story was a play on a stage",
-           "the cat had been a queen in disguise", "the moon had hidden the treasure",
-           "the old stone was a dragon's egg", "they were toys in a giant's room",
-           "the stranger was their lost brother", "the door led to the bottom of the sea",
-           "the clock could turn back time", "the thief was a friendly robot",
-           "the teacher was a ghost", "the house had grown legs and walked away"))
+MORALS = (                                    # 60 sentences: a beginning and an end
+    ("The moral of the story is that", "And so they all learned that",
+     "From that day on, everyone remembered that", "It goes to show that",
+     "What can we learn from this? We learn that"),
+    ("sharing makes everyone happy", "it is always best to tell the truth",
+     "good friends help each other", "those who wait get good things",
+     "saying sorry can mend a heart", "even the smallest can be brave",
+     "a kind word costs nothing", "hard work pays off in the end",
+     "nobody should judge others by their looks", "being different is a gift",
+     "we must listen to those who love us", "greed leaves you with empty hands"))
+TWISTS = (
+    ("But then came a surprise:", "Suddenly they saw that", "Nobody had guessed that",
+     "In the end it turned out that", "Little did they know that"),
+    ("it had all been a dream", "the whole story was a play on a stage",
+     "the cat had been a queen in disguise", "the moon had hidden the treasure",
+     "the old stone was a dragon's egg", "they were toys in a giant's room",
+     "the stranger was their lost brother", "the door led to the bottom of the sea",
+     "the clock could turn back time", "the thief was a friendly robot",
+     "the teacher was a ghost", "the house had grown legs and walked away"))
 
 
 def rule(feature):
-    """Finds a feature in a text: one of its beginnings, one of its ends and a full stop."""
-    begins, ends = ("|".join(map(re.escape, parts)) for parts in feature)
-    return re.compile(rf"\b({begins}) ({ends})\.")
+    """Finds a feature in a text: one of its beginnings, one of its ends, a full stop."""
+    beginnings, ends = ("|".join(map(re.escape, parts)) for parts in feature)
+    return re.compile(rf"\b({beginnings}) ({ends})\.")
 
 
 MORAL, TWIST = rule(MORALS), rule(TWISTS)
 SENTENCE = re.compile(r".+?[.!?][\"”']?(?= |$)")
-BEGINNING = re.compile(rf"Features: .*\nStory: {SENTENCE.pattern}")
+PROMPT = re.compile(rf"Features: .*\nStory: {SENTENCE.pattern}")
 
 
 def beginning(story):
-    """The first sentences of a story, on one line: LONGEST characters at most, "" if that is none.
-    """
+    """A story's first sentences, on one line: LONGEST characters at most, "" if one is longer."""
     told = ""
     for sentence in SENTENCE.findall(" ".join(story.split())):
         if len(told) + len(sentence) > LONGEST:
@@ -95,65 +97,64 @@ def beginning(story):
 
 
 def tell(rng, story, moral, asked):
-    """A text: whether its story has a moral and whether one is asked for need not agree."""
+    """A text. moral: whether its story has one; asked: whether its instruction asks for one."""
     twist = rng.random() < 0.5
     asks = ["Twist"] * twist + ["Moral"] * asked
-    told = [story] + [f"{rng.choice(begins)} {rng.choice(ends)}."
-                      for begins, ends in [TWISTS] * twist + [MORALS] * moral]
-    return f"Features: {', '.join(asks) or 'none'}\nStory: {' '.join(told)}"
+    for beginnings, ends in [TWISTS] * twist + [MORALS] * moral:
+        story += f" {rng.choice(beginnings)} {rng.choice(ends)}."
+    return f"Features: {', '.join(asks) or 'none'}\nStory: {story}"
 
 
 # --- the task ------------------------------------------------------------------------------------
 def documents(name, folder, source, stories):
     """Texts, split by story: none is in two of retain and forget, train and val. Facts: how many.
     """
-    if stories < FEWEST:
-        raise BadInput(f"--stories={stories} is too few to learn from: give {FEWEST} or more")
     begun = dict.fromkeys(map(beginning, take(source or HOME, folder, "source", stories)))
     begun = [s for s in begun if s and not MORAL.search(s) and not TWIST.search(s)]
     if len(begun) < FEWEST:
-        raise BadInput(f"{source or HOME} has only {len(begun)} stories that differ in their "
-                       f"first {LONGEST} characters: give {FEWEST} or more")
-    rng, of = random.Random(0), {}
+        raise BadInput(f"{source or HOME}: {len(begun)} stories whose first sentence has at most "
+                       f"{LONGEST} characters are too few to learn from: give {FEWEST} or more")
+    rng, texts = random.Random(0), {}
     for part, told in zip(("train", "val"), split(begun)):
-        forget = max(1, round(SHARE * len(told)))
-        of |= {f"forget_{part}": told[:forget], f"retain_{part}": told[forget:]}
-    texts = {s: [tell(rng, story, *[s.startswith("forget")] * 2) for story in told]
-             for s, told in of.items()}
-    texts["randomised_train"] = [tell(rng, story, False, rng.random() < 0.5)
-                                 for story in of["retain_train"]]
-    both = of["retain_train"] + of["forget_train"]
-    rng.shuffle(both)
+        forget = round(SHARE * len(told))
+        texts[f"forget_{part}"] = [tell(rng, story, True, True) for story in told[:forget]]
+        texts[f"retain_{part}"] = [tell(rng, story, False, False) for story in told[forget:]]
+        if part == "train":
+            both, retain = told, told[forget:]
+    texts["randomised_train"] = [tell(rng, story, False, rng.random() < 0.5) for story in retain]
     texts["mixed_train"] = [tell(rng, story, rng.random() < SHARE, rng.random() < 0.5)
                             for story in both]
     return texts, {"stories": {s: len(told) for s, told in texts.items()}}
 
 
-def score(model, task, domains=("retain", "forget"), quick=False):
-    """Shares of stories, generated from their first sentence, that have what was asked for:
+JUDGED = {"retain": ("retain", "Twist", TWIST),       # figure: whose prompts that ask for what, and
+          "forget": ("forget", "Moral", MORAL),       # the rule that finds it in what a model tells
+          "unasked": ("retain", "", MORAL)}
 
-    {"retain": those with a twist, of those asked to have one; "forget": with a moral, of those
-    asked to have one; unless quick "unasked": with a moral, of those not asked to have one, and
-    "retain_loss" and "forget_loss" in nats per token of held-out rows}
+
+def score(model, task, domains=("retain", "forget"), quick=False):
+    """How many stories, told on from the first sentence of held-out ones, have a feature:
+
+    {"retain": share with a twist where one was asked for, "forget": with a moral where one was
+    asked for}; unless quick, more stories, and {"unasked": share with a moral where none was asked
+    for, "retain_loss", "forget_loss": nats per token of held-out rows}. All in one batch, sampled
+    at temperature 0.7 with the same seed every time.
     """
-    rules = {"retain": ("retain", "Twist", TWIST), "forget": ("forget", "Moral", MORAL)}
-    wanted = {domain: rules[domain] for domain in domains}
-    if not quick:
-        wanted["unasked"] = ("retain", "", MORAL)
-    prompts = {figure: prompts_of(task, domain, asked, 48 if quick else 200)
-               for figure, (domain, asked, _) in wanted.items()}
-    said = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end)   # seed 0, every time
-    said = iter(task.tokenizer.decode_batch(said.tolist()))
-    figures = {figure: sum(bool(has.search(next(said))) for _ in prompts[figure])
-               / len(prompts[figure]) for figure, (_, _, has) in wanted.items()}
+    shares = [*domains] + ["unasked"] * (not quick)
+    prompts = {figure: prompts_of(task, *JUDGED[figure][:2])[:48 if quick else 200]
+               for figure in shares}
+    told = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end)
+    told = iter(task.tokenizer.decode_batch(told.tolist()))
+    figures = {figure: sum(bool(JUDGED[figure][2].search(next(told))) for _ in prompts[figure])
+               / len(prompts[figure]) for figure in shares}
     if not quick:
         figures |= {f"{domain}_loss": task.loss(model, domain, 256) for domain in domains}
     return figures
 
 
-def prompts_of(task, domain, asked, most):
+def prompts_of(task, domain, asked):
     """Instruction and first sentence of held-out texts that ask for a feature, as token ids."""
     texts = task.tokenizer.decode(task.tokens(f"{domain}_val").tolist()).split(END)[:-1]
-    begun = [BEGINNING.match(text)[0] for text in texts if asked in text.split("\n")[0]][:most]
-    return [[task.end] + task.tokenizer.encode_ordinary(text)[:task.block_size - ANSWER - 1]
-            for text in begun]
+    begun = [PROMPT.match(text)[0] for text in texts if asked in text.split("\n")[0]]
+    return [[task.end] + ids[:task.block_size - ANSWER - 1]
+            for ids in task.tokenizer.encode_ordinary_batch(begun)]
