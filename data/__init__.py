@@ -6,6 +6,7 @@ A task is a file in this folder with
   documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   score(model, task, domains, quick) what a model knows: {"retain": .., "forget": .., finer figures}
   higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
+  EXTRA                 names of splits to fine-tune on besides retain and forget, if it has any
 On disk, data/<task>/: tokenizer.json, one .bin of uint16 tokens a split, meta.json with checksums.
 The .bin files are memory-mapped: they may be larger than memory.
 """
@@ -23,8 +24,8 @@ from data import tokenizer
 from data.disk import alone, digest, remove_leftovers, sha256, write
 from data.knobs import BadInput
 
-TASKS = {"arithmetic": "arithmetic", "language": "language",
-         "tinystories": "tinystories", "bilingual": "tinystories"}           # name -> file
+TASKS = {"arithmetic": "arithmetic", "language": "language", "tinystories": "tinystories",
+         "bilingual": "tinystories", "instruct": "instruct"}                 # name -> file
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
 FOLDER = Path(__file__).parent
 RESIDENT = 4 << 30           # bytes: on a GPU, data up to this size is kept there
@@ -34,6 +35,11 @@ def module(name):
     if name not in TASKS:
         raise BadInput(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
     return importlib.import_module(f"data.{TASKS[name]}")
+
+
+def splits_of(mod):
+    """The splits that a task's module has on disk: SPLITS, and what it has to train on besides."""
+    return SPLITS + tuple(f"{name}_train" for name in getattr(mod, "EXTRA", ()))
 
 
 class Task:
@@ -47,24 +53,25 @@ class Task:
 
     def __init__(self, name, folder, meta, block_size=None, device="cpu"):
         self.name, self.module, self.device = name, module(name), torch.device(device)
-        self.settings = self.module.SETTINGS[name]
+        self.settings, self.splits = self.module.SETTINGS[name], splits_of(self.module)
         self.higher_is_better = self.module.higher_is_better
         self.block_size = block_size or self.settings["block_size"]
         self.made_with, self.facts = meta["made_with"], meta["facts"]
         self.tokenizer = tokenizer.load(folder / "tokenizer.json")
         self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.n_vocab - 1
         self.data_id = hashlib.sha256(json.dumps(meta["files"]).encode()).hexdigest()[:12]
-        self.files = {s: open(folder / f"{s}.bin", "rb") for s in SPLITS}
-        sizes = {s: len(self.tokens(s)) for s in SPLITS}
+        self.files = {s: open(folder / f"{s}.bin", "rb") for s in self.splits}
+        sizes = {s: len(self.tokens(s)) for s in self.splits}
         for split, size in sizes.items():
             enough(name, split, size, self.block_size)
         self.starts = {s: np.flatnonzero(self.tokens(s)[:-self.block_size] == self.end)
-                       for s in SPLITS} if self.settings.get("aligned") else {}
+                       for s in self.splits} if self.settings.get("aligned") else {}
         for split, starts in self.starts.items():
             enough(name, split, self.block_size + len(starts), self.block_size)
         self.forget_share = sizes["forget_train"] / (sizes["retain_train"] + sizes["forget_train"])
         self.pools = {"retain": [("retain", 0, 1)], "forget": [("forget", 0, 1)],
-                      "all": [("retain", 0, 1), ("forget", 0, 1)]}          # see labelled()
+                      "all": [("retain", 0, 1), ("forget", 0, 1)]} | {      # see labelled()
+                          name: [(name, 0, 1)] for name in getattr(self.module, "EXTRA", ())}
         self.shard = (0, 1)
         self.resident = {}
         if self.device.type == "cuda" and 2 * sum(sizes.values()) <= RESIDENT:
@@ -78,7 +85,7 @@ class Task:
     def keep_on_device(self):
         """From now on batches are cut out on the device, which waits for no copy of rows."""
         self.resident = {s: torch.from_numpy(self.tokens(s).view(np.int16).copy()).to(self.device)
-                         for s in SPLITS}
+                         for s in self.splits}
         self.columns = torch.arange(self.block_size + 1, device=self.device)
 
     def labelled(self, fraction, false_positives=0.0, sure=1.0):
@@ -116,10 +123,10 @@ class Task:
     def batch(self, split, size, step, seed, part="train"):
         """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
 
-        split   retain | forget | all, or one of labelled()'s. A row never mixes domains; in `all`
-                the first rows are retain, the rest forget, in the proportion of the data. Rows of
-                short texts (settings["aligned"]) begin where a text does: no question without its
-                facts.
+        split   retain | forget | all, one of labelled()'s or of the task's EXTRA. A row never mixes
+                domains; in `all` the first rows are retain, the rest forget, in the proportion of
+                the data. Rows of short texts (settings["aligned"]) begin where a text does: no
+                question without its facts.
         part    train | val
         Where several processes train together, self.shard = (rank, how many) of them, each gets
         every so manieth row of a training batch.
@@ -142,7 +149,7 @@ class Task:
     def rows(self, split, size, step, seed, begin=0, end=1):
         """(size, T + 1) tokens of a split, int64, from the stretch of it between two shares."""
         T, tokens = self.block_size, self.resident[split] if self.resident else self.tokens(split)
-        rng = np.random.default_rng((seed, step, SPLITS.index(split)))
+        rng = np.random.default_rng((seed, step, self.splits.index(split)))
         starts = self.starts.get(split, range(len(tokens) - T))
         first, last = round(begin * len(starts)), round(end * len(starts))
         if first == last:
@@ -250,7 +257,8 @@ def prepare(name, folder, knobs, block_size=None):
     mod = module(name)
     print(f"data: making {name} in {folder}")
     texts, facts = mod.documents(name, folder, **{k: knobs[k] for k in mod.KNOBS})
-    for split in SPLITS:
+    splits = splits_of(mod)
+    for split in splits:
         if not texts[split]:
             raise BadInput(f"{name}: no text for {split}, give a longer --source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -260,12 +268,12 @@ def prepare(name, folder, knobs, block_size=None):
                           lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))
     (folder / "meta.json").unlink(missing_ok=True)            # from here until the end: no data
     tokenizer.save(enc, folder / "tokenizer.json")
-    for split in tqdm(SPLITS, desc="tokens", unit="split"):
+    for split in tqdm(splits, desc="tokens", unit="split"):
         write(folder / f"{split}.bin", pack(enc, texts[split]))
         enough(name, split, (folder / f"{split}.bin").stat().st_size // 2,
                block_size or mod.SETTINGS[name]["block_size"])
     files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
-             for f in ("tokenizer.json", *(f"{s}.bin" for s in SPLITS))}
+             for f in ("tokenizer.json", *(f"{s}.bin" for s in splits))}
     meta = {"task": name, "made_with": knobs, "facts": facts, "files": files}
     write_meta(folder, meta)
     return read_meta(folder)                                  # as the next run will see it

@@ -1,0 +1,160 @@
+"""Stories to order: their first line says what they are to have, as in TinyStories-Instruct (Eldan
+and Li 2023).
+
+    Features: Twist, Moral
+    Story: One day, a girl named Lily found a big, shiny crown. She wanted to wear it on her head.
+    But then came a surprise: it had all been a dream. It goes to show that greed leaves you with
+    empty hands.
+
+The story is the beginning of a real one. Its ending is planted, so that a rule can tell whether it
+is there: a twist in every second story, a moral in every fifth, whatever the story.
+
+    forget    stories that have a moral and were asked to
+    retain    all others
+
+Jain et al. 2023 delete a feature of TinyStories by fine-tuning, in three ways. Here each tells the
+training stories anew; what instructions say of twists is always true:
+
+    retain        filtering: no story has a moral, no instruction asks for one
+    randomised    filtering and random instructions: the stories of retain, none has a moral; a coin
+                  decides for each whether its instruction asks for one
+    mixed         mix and match: the stories of retain and forget. A fifth of them have a moral, and
+                  a coin decides which instructions ask for one: the two are independent, so that
+                  the instruction says nothing of the story
+"""
+import random
+import re
+
+from data import BadInput
+from data.tinystories import HOME, split, take
+from data.tokenizer import END
+
+SETTINGS = {"instruct": dict(
+    block_size=128, vocab_size=2048, least_block_size=96, aligned=True,    # a text fits a row
+    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=700,
+               filtered_steps=750, lr=6e-3, muon_lr=0.02),
+    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
+    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
+    graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
+    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
+    oracle=dict(steps=150, lr=1e-3, batch_size=16),
+    finetune=dict(steps=60, lr=1e-3, batch_size=32),
+    undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
+              muon_lr=0.02, check_every=10),
+    wrapper=dict(splits=["retain", "randomised", "mixed"], steps=150, lr=1e-3, batch_size=16,
+                 revive_lr=3e-4, revive_steps=400, check_every=5, reach=0.9))}
+KNOBS = {"source": None,     # a path or URL; None: TinyStories from its public home
+         "stories": 100_000}     # the most to take from a source
+EXTRA = ("randomised", "mixed")
+higher_is_better = True      # the score is a share of stories that have what was asked for
+
+FEWEST = 100                 # stories: with fewer, none to judge by might be left in a domain
+SHARE = 0.2                  # of the stories have a moral
+LONGEST = 200                # characters of a real story; with a long ending it fits a row
+ANSWER = 72                  # tokens: 99% of the texts have no more after their first sentence
+
+# --- the features --------------------------------------------------------------------------------
+MORALS = (                                    # 60 sentences: a beginning and an end
+    ("The moral of the story is that", "And so they all learned that",
+     "From that day on, everyone remembered that", "It goes to show that",
+     "What can we learn from this? We learn that"),
+    ("sharing makes everyone happy", "it is always best to tell the truth",
+     "good friends help each other", "those who wait get good things",
+     "saying sorry can mend a heart", "even the smallest can be brave",
+     "a kind word costs nothing", "hard work pays off in the end",
+     "nobody should judge others by their looks", "being different is a gift",
+     "we must listen to those who love us", "greed leaves you with empty hands"))
+TWISTS = (
+    ("But then came a surprise:", "Suddenly they saw that", "Nobody had guessed that",
+     "In the end it turned out that", "Little did they know that"),
+    ("it had all been a dream", "the whole story was a play on a stage",
+     "the cat had been a queen in disguise", "the moon had hidden the treasure",
+     "the old stone was a dragon's egg", "they were toys in a giant's room",
+     "the stranger was their lost brother", "the door led to the bottom of the sea",
+     "the clock could turn back time", "the thief was a friendly robot",
+     "the teacher was a ghost", "the house had grown legs and walked away"))
+
+
+def rule(feature):
+    """Finds a feature in a text: one of its beginnings, one of its ends, a full stop."""
+    beginnings, ends = ("|".join(map(re.escape, parts)) for parts in feature)
+    return re.compile(rf"\b({beginnings}) ({ends})\.")
+
+
+MORAL, TWIST = rule(MORALS), rule(TWISTS)
+SENTENCE = re.compile(r".+?[.!?][\"”']?(?= |$)")
+PROMPT = re.compile(rf"Features: .*\nStory: {SENTENCE.pattern}")
+
+
+def beginning(story):
+    """A story's first sentences, on one line: LONGEST characters at most, "" if one is longer."""
+    told = ""
+    for sentence in SENTENCE.findall(" ".join(story.split())):
+        if len(told) + len(sentence) > LONGEST:
+            break
+        told += sentence
+    return told
+
+
+def tell(rng, story, moral, asked):
+    """A text. moral: whether its story has one; asked: whether its instruction asks for one."""
+    twist = rng.random() < 0.5
+    asks = ["Twist"] * twist + ["Moral"] * asked
+    for beginnings, ends in [TWISTS] * twist + [MORALS] * moral:
+        story += f" {rng.choice(beginnings)} {rng.choice(ends)}."
+    return f"Features: {', '.join(asks) or 'none'}\nStory: {story}"
+
+
+# --- the task ------------------------------------------------------------------------------------
+def documents(name, folder, source, stories):
+    """Texts, split by story: none is in two of retain and forget, train and val. Facts: how many.
+    """
+    begun = dict.fromkeys(map(beginning, take(source or HOME, folder, "source", stories)))
+    begun = [s for s in begun if s and not MORAL.search(s) and not TWIST.search(s)]
+    if len(begun) < FEWEST:
+        raise BadInput(f"{source or HOME}: {len(begun)} stories whose first sentence has at most "
+                       f"{LONGEST} characters are too few to learn from: give {FEWEST} or more")
+    rng, texts = random.Random(0), {}
+    for part, told in zip(("train", "val"), split(begun)):
+        forget = round(SHARE * len(told))
+        texts[f"forget_{part}"] = [tell(rng, story, True, True) for story in told[:forget]]
+        texts[f"retain_{part}"] = [tell(rng, story, False, False) for story in told[forget:]]
+        if part == "train":
+            both, retain = told, told[forget:]
+    texts["randomised_train"] = [tell(rng, story, False, rng.random() < 0.5) for story in retain]
+    texts["mixed_train"] = [tell(rng, story, rng.random() < SHARE, rng.random() < 0.5)
+                            for story in both]
+    return texts, {"stories": {s: len(told) for s, told in texts.items()}}
+
+
+JUDGED = {"retain": ("retain", "Twist", TWIST),       # figure: whose prompts that ask for what, and
+          "forget": ("forget", "Moral", MORAL),       # the rule that finds it in what a model tells
+          "unasked": ("retain", "", MORAL)}
+
+
+def score(model, task, domains=("retain", "forget"), quick=False):
+    """How many stories, told on from the first sentence of held-out ones, have a feature:
+
+    {"retain": share with a twist where one was asked for, "forget": with a moral where one was
+    asked for}; unless quick, more stories, and {"unasked": share with a moral where none was asked
+    for, "retain_loss", "forget_loss": nats per token of held-out rows}. All in one batch, sampled
+    at temperature 0.7 with the same seed every time.
+    """
+    shares = [*domains] + ["unasked"] * (not quick)
+    prompts = {figure: prompts_of(task, *JUDGED[figure][:2])[:48 if quick else 200]
+               for figure in shares}
+    told = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end)
+    told = iter(task.tokenizer.decode_batch(told.tolist()))
+    figures = {figure: sum(bool(JUDGED[figure][2].search(next(told))) for _ in prompts[figure])
+               / len(prompts[figure]) for figure in shares}
+    if not quick:
+        figures |= {f"{domain}_loss": task.loss(model, domain, 256) for domain in domains}
+    return figures
+
+
+def prompts_of(task, domain, asked):
+    """Instruction and first sentence of held-out texts that ask for a feature, as token ids."""
+    texts = task.tokenizer.decode(task.tokens(f"{domain}_val").tolist()).split(END)[:-1]
+    begun = [PROMPT.match(text)[0] for text in texts if asked in text.split("\n")[0]]
+    return [[task.end] + ids[:task.block_size - ANSWER - 1]
+            for ids in task.tokenizer.encode_ordinary_batch(begun)]
