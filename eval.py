@@ -1,17 +1,47 @@
-"""The judges: what a model scores, how fast it relearns, what it says.
+"""The judges: what a model scores, how fast it relearns, what its weights still know.
 
     python eval.py --what=score --model=base
     python eval.py --what=relearn --model=maxent --attack=mixed
     python eval.py --what=sample --model=base --prompt="12 + 5 ="
+    python eval.py --what=probe --model=maxent       can a linear layer read the answer off it?
+    python eval.py --what=prune --model=maxent       does cutting a few neurons bring it back?
+    python eval.py --what=revive --model=maxent      how few steps of fine-tuning bring it back?
+    python eval.py --what=examine --task=language    the last three on every model in OUT/TASK/
+    python eval.py --what=wrapper                    the story: fine-tuning hides, it does not remove
+    python eval.py --what=wrapper --task=instruct    the same on stories that end with a moral
+    python eval.py --what=compiled                   the same on a counter whose weights we set
 
-Robustness is what survives an attacker who fine-tunes the model (Lee et al. 2025, section 3).
+Robustness is what survives an attacker who fine-tunes the model (Lee et al. 2025, section 3); a
+wrapper is what does not (Jain et al. 2023).
 """
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+import data
+import train
 from data.knobs import BadInput, knob
-from data.report import figure, table, write_rows
-from model import GPT
-from train import Common, autocast, fill, fit, load, open_task, path_of, run
+from data.report import figure, mean_sd, table, write_rows
+from model import norm, rotate
+from train import (
+    Common,
+    autocast,
+    common,
+    figures,
+    fill,
+    fit,
+    identity,
+    load,
+    obtain,
+    open_task,
+    path_of,
+    pretrain,
+    run,
+    seeds,
+)
 
 
 @dataclass
@@ -21,16 +51,53 @@ class Attack(Common):
                        "data alone", choices=["forget", "mixed", "retain"])
     lrs: list[float] | None = knob(None, "rates the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
-    attack_rows: int | None = knob(None, "rows in a batch of the attack", 1, 2**31)
+    attack_rows: int | None = knob(None, "rows in a batch of the attack, and of revival", 1, 2**31)
 
 
 @dataclass
-class Config(Attack):
-    what: str = knob("score", "which judge", choices=["score", "relearn", "sample"])
+class AfterBase(Attack):
+    """Knobs of every script that starts from base and compares with filtered."""
+    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
+    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
+
+
+@dataclass
+class Config(AfterBase):
+    what: str = knob("score", "which judge, or story", choices=[
+        "score", "relearn", "sample", "probe", "prune", "revive", "examine", "wrapper", "compiled"])
+    task: str | None = knob(None, "what to learn and to forget (auto: arithmetic; wrapper and "
+                            "compiled: pcfg)", choices=list(data.TASKS))
     model: str = knob("base", "a name in OUT/TASK/, or a path that ends in .pt")
+    models: list[str] | None = knob(None, "examine: which (auto: all in OUT/TASK/)")
+    reference: str = knob("base", "revive, examine: the model that has the capability")
+    control: str = knob("filtered", "revive, examine: the model that never had it")
     prompt: str = knob("", "sample: the text to continue")
     tokens: int = knob(32, "sample: most tokens to add", 1)
     temperature: float = knob(0.0, "sample: 0 is greedy, 1 the model's own distribution", 0, 10)
+    domain: str = knob("forget", "probe, prune, revive: whose capability",
+                       choices=["forget", "retain"])
+    probe_rows: int | None = knob(None, "probe: rows to fit on; as many others to judge by", 2)
+    cut: list[int] | None = knob(None, "prune: how many MLP neurons, one point of the curve each",
+                                 1)
+    saliency: str = knob("signed", "prune: by theta * grad, or by its size",
+                         choices=["signed", "absolute"])
+    draws: int = knob(5, "prune: random choices of as many neurons to compare with", 1)
+    revive_lr: float | None = knob(None, "revive: AdamW's rate", 0, 1)
+    revive_steps: int | None = knob(None, "revive: steps, at most", 1)
+    check_every: int | None = knob(None, "revive: steps between looks at the score", 1)
+    tolerance: float = knob(0.1, "revive: until the score is within this share of the "
+                            "reference's", 0, 1)
+    seeds: int = knob(3, "wrapper, compiled: how many seeds, from --seed on", 1)
+    priors: list[str] = knob(["low", "high"], "wrapper: of pretraining",
+                             choices=["low", "medium", "high"])
+    rates: list[str] | None = knob(None, "wrapper: of fine-tuning (auto: all the task names)",
+                                   choices=["L", "M", "S"])
+    c_tr: list[float] = knob([0.0, 1.0], "wrapper: share of fine-tuning rows in which #b = #a + 1 "
+                             "holds", 0, 1)
+    mix: float = knob(0.5, "wrapper: share of pretraining rows, counts asked in other words, for "
+                      "the jailbreak's model", 0, 0.9)
+    tune_steps: int | None = knob(None, "wrapper: steps of fine-tuning", 1)
+    tune_rows: int | None = knob(None, "wrapper: rows in a batch of fine-tuning", 1, 2**31)
 
 
 def worse(a, b, task):
@@ -39,10 +106,41 @@ def worse(a, b, task):
 
 
 def within(score, reference, share, task):
-    """Whether a retain score is at most `share` worse than a reference score."""
+    """Whether a score is at most `share` worse, as knowledge, than a reference score."""
     if task.higher_is_better:
         return score >= (1 - share) * reference
     return score <= (1 + share) * reference
+
+
+def foundations(cfg, task):
+    """(base, filtered), each a (model, record), from disk or made."""
+    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
+                               filtered_steps=cfg.filtered_steps)
+    return pretrain("base", pretraining, task), pretrain("filtered", pretraining, task)
+
+
+# --- fine-tuning, as an attack and as a test -----------------------------------------------------
+def mixture(task, shares, size, step, seed):
+    """A training batch of `size` rows, shares {split: share} of them from each of some splits."""
+    sizes = {split: round(share * size) for split, share in shares.items()}
+    sizes[max(sizes, key=sizes.get)] += size - sum(sizes.values())              # what rounding left
+    parts = [task.batch(split, n, step, seed) for split, n in sizes.items() if n]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, **how):
+    """(a copy of model, fine-tuned by AdamW on a mixture of splits; fit's record).
+
+    judge(copy)   figures to keep in the record's history; how: what else fit takes
+    """
+    copy = model.clone()
+
+    def loss_fn(model, step):
+        return model(*mixture(task, shares, rows, step, seed))
+
+    record = fit(copy, loss_fn, cfg, steps, lr, name=name, tokens=rows * task.block_size,
+                 evaluate=(lambda: judge(copy)) if judge else None, **how)
+    return copy, record
 
 
 def relearn(model, task, cfg, name="model"):
@@ -57,15 +155,10 @@ def relearn(model, task, cfg, name="model"):
     seed = cfg.seed + 10_000                        # rows that the model has not been trained on
     curves = {}
     for lr in cfg.lrs:
-        copy = GPT(model.config).to(task.device)
-        copy.load_state_dict(model.state_dict())
-
-        def loss_fn(model, step):
-            return model(*task.batch(split, cfg.attack_rows, step, seed))
-
-        record = fit(copy, loss_fn, cfg, max(cfg.attack_steps), lr, name=f"relearn {name} {lr:g}",
-                     tokens=cfg.attack_rows * task.block_size, evaluate_at=set(cfg.attack_steps),
-                     evaluate=lambda: task.score(copy, quick=True))
+        _, record = tune(model, task, cfg, {split: 1}, cfg.attack_rows, max(cfg.attack_steps), lr,
+                         seed=seed, name=f"relearn {name} {lr:g}",
+                         evaluate_at=set(cfg.attack_steps),
+                         judge=lambda model: task.score(model, quick=True))
         curves[lr] = {h["step"]: {k: h[k] for k in ("retain", "forget")}
                       for h in record["history"]}
     worst = {}
@@ -86,17 +179,201 @@ def robustness(method, unlearned, filtered):
     return None if filtered == unlearned else (method - unlearned) / (filtered - unlearned)
 
 
+def scored(model, task, cfg):
+    """{"retain", "forget"}, quickly."""
+    return figures(cfg, lambda: task.score(model, quick=True))
+
+
+def revive(model, task, cfg, goal, name="model"):
+    """Reverse fine-tuning (Jain et al. 2023, section 5): AdamW on cfg.domain's data until the score
+    there is within cfg.tolerance of `goal`.
+
+    returns  (steps, {step: score}); steps is None where cfg.revive_steps are not enough
+    """
+    def there(at):
+        return within(at[cfg.domain], goal, cfg.tolerance, task)
+
+    curve = {0: scored(model, task, cfg)}
+    if there(curve[0]):
+        return 0, {0: curve[0][cfg.domain]}
+    _, record = tune(model, task, cfg, {cfg.domain: 1}, cfg.attack_rows, cfg.revive_steps,
+                     cfg.revive_lr, seed=cfg.seed + 10_000, name=f"revive {name}", stop=there,
+                     evaluate_at=range(0, cfg.revive_steps, cfg.check_every),
+                     judge=lambda model: task.score(model, (cfg.domain,), quick=True))
+    curve |= {h["step"]: h for h in record["history"]}
+    return (record["steps"] if there(record["history"][-1]) else None,
+            {step: h[cfg.domain] for step, h in curve.items()})
+
+
+# --- looking inside ------------------------------------------------------------------------------
+@torch.no_grad()
+def answers(model, task, cfg, part, seed):
+    """([(N, C)], (N,)): each block's residual where a target is to come, normalised as the model's
+    own readout sees it, and the targets."""
+    idx, targets = task.batch(cfg.domain, cfg.probe_rows, 0, seed, part)
+    with autocast(cfg):
+        stream = model.residuals(idx)[1:]
+    return ([norm(x[:, -targets.size(1):].float()).flatten(0, 1) for x in stream],
+            targets.flatten())
+
+
+def probe(model, task, cfg, decay=1e-3):
+    """A linear probe of each block's residual for the token that comes next in cfg.domain's rows:
+    multinomial logistic regression with weight decay (Jain et al. 2023, section 5).
+
+    returns  ([accuracy by block] on held-out rows, that of always saying the commonest token)
+    """
+    there, right = answers(model, task, cfg, "train", cfg.seed + 40_000)
+    unseen, truth = answers(model, task, cfg, "val", cfg.seed + 40_000)
+    kinds, classes = torch.unique(torch.cat((right, truth)), return_inverse=True)
+    right, truth = classes.split((len(right), len(truth)))
+    found = []
+    for x, new in zip(there, unseen):
+        W = torch.zeros(len(kinds), x.size(1), device=x.device, requires_grad=True)
+        b = torch.zeros(len(kinds), device=x.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(F.linear(x, W, b), right) + decay * W.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        found.append((F.linear(new, W, b).argmax(-1) == truth).float().mean().item())
+    return found, (truth == right.mode().values).float().mean().item()
+
+
+def saliency(model, task, cfg, rows=256):
+    """(n_layer, n_units): theta * grad of cfg.domain's loss, summed over what each MLP neuron
+    writes. To first order it is how much that loss falls when the neuron is cut out: its gradient
+    by a factor at the neuron's output (Jain et al. 2023, section 5; Molchanov et al. 2016).
+    """
+    config, idx = model.config, task.batch(cfg.domain, rows, 0, cfg.seed + 50_000)
+    factor = torch.ones(config.n_layer, config.n_units, device=task.device, requires_grad=True)
+
+    def hook(site, i, h):
+        return h * factor[i] if site == "units" else h
+
+    found, = torch.autograd.grad(model(*idx, hook=hook), factor)
+    return found.abs() if cfg.saliency == "absolute" else found
+
+
+@torch.no_grad()
+def without(model, scores, K):
+    """A copy in which the K neurons of the highest scores (n_layer, n_units) are cut out."""
+    copy, cut = model.clone(), torch.zeros_like(scores, dtype=torch.bool)
+    cut.view(-1)[scores.flatten().topk(K).indices] = True
+    for block, units in zip(copy.blocks, cut):
+        block.mlp.down.weight[:, units] = 0
+    return copy
+
+
+def prune(model, task, cfg):
+    """Cuts, at once, the K neurons that harm cfg.domain's loss most, for each K in cfg.cut.
+
+    returns  {K: {"retain", "forget", "random_retain", "random_forget"}}: scores, and the mean of
+             those after cutting K random neurons, cfg.draws times
+    """
+    if max(cfg.cut) > model.config.n_layer * model.config.n_units:
+        raise BadInput(f"--cut={max(cfg.cut)}: the model has "
+                       f"{model.config.n_layer * model.config.n_units} MLP neurons")
+    harm, found = saliency(model, task, cfg), {}
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for K in cfg.cut:
+        chance = [scored(without(model, torch.rand(harm.shape, generator=generator).to(harm), K),
+                         task, cfg) for _ in range(cfg.draws)]
+        found[K] = scored(without(model, harm, K), task, cfg) | {
+            f"random_{domain}": sum(at[domain] for at in chance) / cfg.draws
+            for domain in ("retain", "forget")}
+    return found
+
+
+@torch.no_grad()
+def attention(model, idx, i):
+    """(B, nh, T, T): how much each token of idx (B, T) attends to each, in block i's heads."""
+    attn, T = model.blocks[i].attn, idx.size(1)
+    x = norm(model.residuals(idx)[i])
+    qkv = attn.qkv(x).view(*x.shape[:2], 3, attn.n_head, -1)
+    q, k = rotate(norm(qkv[:, :, :2]), model.cos[:T], model.sin[:T]).unbind(2)    # (B, T, nh, hs)
+    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) * q.size(-1) ** -0.5
+    return scores.masked_fill(torch.ones(T, T, device=x.device).triu(1) > 0, -torch.inf).softmax(-1)
+
+
+def examine(model, task, cfg, goal, name):
+    """One row of every tool: scores, probe, pruning and revival of cfg.domain's capability."""
+    seen, chance = probe(model, task, cfg)
+    steps, curve = revive(model, task, cfg, goal, name)
+    with autocast(cfg):
+        scores = task.score(model)
+    return scores | {"probe": seen, "chance": chance, "pruned": prune(model, task, cfg),
+                     "revive_steps": steps, "curve": curve}
+
+
+# --- pictures ------------------------------------------------------------------------------------
 def draw_relearning(ax, task, curves):
     """Worst-case forget score against attack steps; curves: {name: {step: score}}."""
     styles = {"filtered": dict(color="black", linestyle="--", linewidth=2.5)}
     for name, points in curves.items():
         ax.plot(list(points), list(points.values()), marker="o", markersize=4,
                 label=name + " (gold standard)" * (name == "filtered"), **styles.get(name, {}))
-    what = "accuracy" if task.higher_is_better else "loss (nats per token)"
-    ax.set(xlabel="fine-tuning steps of the attacker", ylabel=f"forget {what}, worst rate")
+    ax.set(xlabel="fine-tuning steps of the attacker",
+           ylabel=f"forget {measure(task)}, worst rate")
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))        # beside the curves
 
 
+def measure(task):
+    return "accuracy" if task.higher_is_better else "loss (nats per token)"
+
+
+def draw_probes(ax, probes, chance):
+    """probes: {name: [accuracy by block]}."""
+    for name, found in probes.items():
+        ax.plot(range(1, len(found) + 1), found, marker="o", markersize=4, label=name)
+    ax.axhline(chance, color="grey", linestyle=":", label="commonest answer")
+    ax.set(xlabel="block", ylabel="accuracy of a linear probe", xticks=range(1, len(found) + 1),
+           ylim=(0, 1.02), title="Is it still in there?")
+    ax.legend(fontsize=9)
+
+
+def draw_pruning(ax, task, pruned, domain):
+    """pruned: {name: {K: scores}}; dotted: as many random neurons."""
+    for name, found in pruned.items():
+        line, = ax.plot(list(found), [at[domain] for at in found.values()], marker="o",
+                        markersize=4, label=name)
+        ax.plot(list(found), [at[f"random_{domain}"] for at in found.values()], ":",
+                color=line.get_color())
+    ax.set(xlabel="MLP neurons cut out (dotted: at random)", ylabel=f"{domain} {measure(task)}",
+           title="Does cutting neurons bring it back?")
+    ax.legend(fontsize=9)
+
+
+def draw_revival(ax, task, curves, domain):
+    """curves: {name: {step: score}}; the control, which never had it, is dashed."""
+    for name, points in curves.items():
+        style = dict(color="black", linestyle="--") if name.startswith("control") else {}
+        ax.plot(list(points), list(points.values()), label=name, **style)
+    ax.set(xlabel="steps of reverse fine-tuning", ylabel=f"{domain} {measure(task)}",
+           title="How soon is it back?")
+    ax.legend(fontsize=9)
+
+
+def draw_attention(axes, task, models):
+    """Where the last token of one question looks, by block and head. models: two of {name: GPT}."""
+    idx, targets = task.batch("forget", 1, 0, 60_000, "val")
+    tokens = [task.tokenizer.decode([i]) for i in idx[0].tolist()]
+    for ax, (name, model) in zip(axes, models.items()):
+        heads = torch.cat([attention(model, idx, i)[0, :, -1] for i in range(len(model.blocks))])
+        ax.imshow(heads.cpu(), aspect="auto", cmap="Blues", vmin=0)
+        ax.set(xticks=range(len(tokens)), xticklabels=["" if i == task.end else token for i, token
+                                                       in zip(idx[0].tolist(), tokens)],
+               yticks=range(len(heads)), title=name, xlabel="tokens of a question",
+               yticklabels=[f"{i + 1}.{h + 1}" for i in range(model.config.n_layer)
+                            for h in range(model.config.n_head)], ylabel="block.head")
+        ax.grid(False)
+
+
+# --- the judges ----------------------------------------------------------------------------------
 def judge_score(cfg, task, model):
     with autocast(cfg):
         figures = task.score(model)
@@ -106,8 +383,7 @@ def judge_score(cfg, task, model):
 
 
 def judge_relearn(cfg, task, model):
-    with autocast(cfg):
-        before = task.score(model, quick=True)
+    before = scored(model, task, cfg)
     result = relearn(model, task, cfg, cfg.model)
     curve = {0: before | {"lr": None}} | result["worst"]
     rows = [{"model": cfg.model, "attack": cfg.attack, "step": step} | at
@@ -134,13 +410,257 @@ def judge_sample(cfg, task, model):
     print(cfg.prompt + text)
 
 
+def judge_probe(cfg, task, model):
+    """Beside the model, one of its size that was never trained: what the architecture gives."""
+    untrained = model.clone()
+    untrained.init_weights(cfg.seed)
+    rows = []
+    for name, each in ((cfg.model, model), ("untrained", untrained)):
+        seen, chance = probe(each, task, cfg)
+        rows.append({"model": name, "probe": seen, "chance": chance})
+    columns = {f"block {i + 1}": f"block {i + 1}" for i in range(model.config.n_layer)}
+    table([row | dict(zip(columns, row["probe"])) for row in rows],
+          {"model": "model", "chance": "commonest"} | columns)
+    write_rows("probe", cfg, task, rows)
+    with figure("probe", cfg, 1) as axes:
+        if axes is not None:
+            draw_probes(axes[0], {row["model"]: row["probe"] for row in rows}, chance)
+
+
+def judge_prune(cfg, task, model):
+    before, found = scored(model, task, cfg), prune(model, task, cfg)
+    rows = [{"model": cfg.model, "neurons": 0} | before]
+    rows += [{"model": cfg.model, "neurons": K} | at for K, at in found.items()]
+    table(rows, {k: k.replace("_", " ") for k in ("neurons", "forget", "random_forget", "retain",
+                                                  "random_retain")})
+    write_rows("prune", cfg, task, rows)
+    with figure("prune", cfg, 1) as axes:
+        if axes is not None:
+            draw_pruning(axes[0], task, {cfg.model: found}, cfg.domain)
+
+
+def judge_revive(cfg, task, model):
+    """Beside the model, the control and a model that knows nothing at all."""
+    goal = scored(known(cfg.reference, cfg, task), task, cfg)[cfg.domain]
+    untrained = model.clone()
+    untrained.init_weights(cfg.seed)
+    models = {cfg.model: model, f"control ({cfg.control})": known(cfg.control, cfg, task),
+              "control (untrained)": untrained}
+    rows = []
+    for name, each in models.items():
+        steps, curve = revive(each, task, cfg, goal, name)
+        rows.append({"model": name, "before": curve[0], "after": [*curve.values()][-1],
+                     "revive_steps": steps, "curve": curve})
+    table(rows, {"model": "model", "before": "before", "after": "after",
+                 "revive_steps": f"steps to {goal:.3f} ±{cfg.tolerance:.0%}"})
+    write_rows("revive", cfg, task, rows)
+    with figure("revive", cfg, 1) as axes:
+        if axes is not None:
+            draw_revival(axes[0], task, {row["model"]: row["curve"] for row in rows}, cfg.domain)
+
+
+def known(name, cfg, task):
+    return load(path_of(name, cfg), task)[0]
+
+
+VERDICTS = ((1 / 3, "hides"), (2 / 3, "weakens"), (float("inf"), "removes"))
+
+
+def cross_examine(cfg, task):
+    """Every model under every tool: which of them hide the capability, and which remove it?
+
+    Judged by revival alone: in less than a third of the control's steps it was hidden; in more than
+    two thirds removed.
+    """
+    folder = Path(cfg.out) / cfg.task
+    names = cfg.models or sorted(path.stem for path in folder.glob("*.pt")
+                                 if not path.stem.endswith(".resume"))
+    names = list(dict.fromkeys([cfg.reference, cfg.control, *names]))
+    models = {name: known(name, cfg, task) for name in names}       # all there, before we start
+    goal, rows = scored(models[cfg.reference], task, cfg)[cfg.domain], []
+    for name, model in models.items():
+        rows.append({"model": Path(name).stem} | examine(model, task, cfg, goal, Path(name).stem))
+    most = rows[1]["revive_steps"] or cfg.revive_steps
+    K = cfg.cut[-1]
+    for row in rows:
+        share = (row["revive_steps"] or cfg.revive_steps) / most
+        row["verdict"] = "has it" if row["revive_steps"] == 0 else next(
+            word for limit, word in VERDICTS if share < limit)
+        row |= {"probe_last": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
+                "chance_cut": row["pruned"][K][f"random_{cfg.domain}"],
+                "steps": row["revive_steps"] if row["revive_steps"] is not None else
+                f"> {cfg.revive_steps}"}
+    table(rows, {"model": "model", "retain": "retain", "forget": "forget", "probe_last": "probe",
+                 "cut": f"{K} cut", "chance_cut": "at random", "steps": "revived in",
+                 "verdict": "verdict"})
+    write_rows("examine", cfg, task, rows)
+    with figure("examine", cfg, 3) as axes:
+        if axes is not None:
+            name = {row["model"]: row for row in rows}
+            draw_probes(axes[0], {k: row["probe"] for k, row in name.items()}, rows[0]["chance"])
+            draw_pruning(axes[1], task, {k: row["pruned"] for k, row in name.items()}, cfg.domain)
+            draw_revival(axes[2], task, {k: row["curve"] for k, row in name.items()}, cfg.domain)
+            for ax in axes[:2]:
+                ax.get_legend().remove()
+            axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+# --- the story: fine-tuning is a wrapper ---------------------------------------------------------
+def cells(cfg, task):
+    """What base is fine-tuned on, one model each: [(what tells it apart, shares of splits, rate)].
+
+    pcfg: count b, by rate and C_tr; and, at the first rate, beside rows of pretraining in which
+    counts are asked in other words, all but one: the jailbreak. instruct: its three protocols.
+    """
+    rates = {rate: task.settings["rates"][rate] for rate in cfg.rates}
+    if task.name == "instruct":
+        return [({"protocol": name, "rate": rate}, {split: 1}, lr) for rate, lr in rates.items()
+                for name, split in task.module.PROTOCOLS.items()]
+    mixed = [(cfg.rates[0], cfg.mix)] if cfg.mix else []
+    return [({"rate": rate, "c_tr": c, "mix": mix},
+             {"retain": (1 - mix) * (1 - c), "spurious": (1 - mix) * c, "reworded": mix},
+             rates[rate]) for rate, mix in [(rate, 0.0) for rate in rates] + mixed
+            for c in cfg.c_tr]
+
+
+def name_of(cell):
+    return "-".join(["tuned", *(v if isinstance(v, str) else f"{v:g}" for v in cell.values())])
+
+
+def tuned(cell, shares, lr, cfg, task, base):
+    """(model, record) of base fine-tuned, from disk or made."""
+    made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
+                 "steps": cfg.tune_steps, "rows": cfg.tune_rows, "seed": cfg.seed}
+    return obtain(name_of(cell), cfg, task, made_with, lambda keep: tune(
+        base[0], task, cfg, shares, cfg.tune_rows, cfg.tune_steps, lr, seed=cfg.seed + 20_000,
+        name=name_of(cell), keep=keep))
+
+
+def worlds(cfg, task):
+    """Yields (prior, cfg, task) for each prior of pcfg's pretraining; there models lie in
+    OUT/pcfg/PRIOR/. Other tasks are one world."""
+    if task.name != "pcfg":
+        yield None, cfg, task
+        return
+    for prior in cfg.priors:
+        here = dataclasses.replace(cfg, prior=prior, out=f"{cfg.out}/{cfg.task}/{prior}")
+        yield prior, here, open_task(here)
+
+
+def wrapper(cfg, task):
+    """Pretrain, fine-tune to take a capability away, and look for it with every tool.
+
+    The control never had the capability: it learned the fine-tuning task alone. One control serves
+    all priors, for it sees no operand but b.
+    """
+    rows, controls, pictured = [], {}, None
+    for own in seeds(cfg):
+        for prior, here, task in worlds(own, task):
+            pretraining = train.Config(**common(here), steps=cfg.base_steps,
+                                       filtered_steps=cfg.filtered_steps)
+            base = pretrain("base", pretraining, task)
+            models = [(cell, tuned(cell, *how, here, task, base)[0])
+                      for cell, *how in cells(cfg, task)]
+            goal = scored(base[0], task, here)["forget"]
+            if own.seed not in controls:
+                control, _ = pretrain("filtered", pretraining, task)
+                controls[own.seed] = revive(control, task, here, goal, "control")
+            before, chance = probe(base[0], task, here)
+            for cell, model in models:
+                rows.append({"prior": prior} | cell | {"seed": own.seed}
+                            | examine(model, task, here, goal, name_of(cell))
+                            | {"chance": chance, "probe_pretrained": before,
+                               "control_steps": controls[own.seed][0]})
+            pictured = pictured or {f"pretrained, {prior} prior": base[0],
+                                    f"after {name_of(cell)}": model}
+    told = summary(rows, cfg)
+    table(told, {k: HEADERS.get(k, k) for k in told[0]})
+    write_rows("wrapper", cfg, task, [
+        in_the_papers_words(row) if prior else row for row in rows])
+    with figure("wrapper", cfg, 3) as axes:
+        if axes is not None:
+            draw_wrapper(axes, rows, controls[cfg.seed][1], cfg, task)
+    with figure("wrapper-attention", cfg, 2) as axes:
+        if axes is not None:
+            draw_attention(axes, task, pictured)
+
+
+def in_the_papers_words(row):
+    """A row of the counting task: a was to be forgotten, b to be learned; "0" and "1" are C_te."""
+    renamed = {"forget": "count_a", "probe": "probe_a", "probe_pretrained": "probe_a_pretrained",
+               "jailbreak": "jailbreak_count_a"}
+    row = {renamed.get(k, k): v for k, v in row.items()}
+    row["count_b"] = {"0": row.pop("retain"), "1": row.pop("spurious")}
+    row["pruned"] = {str(K): {"count_a": at["forget"], "count_b": at["retain"],
+                              "random_count_a": at["random_forget"]}
+                     for K, at in row["pruned"].items()}
+    return row
+
+
+HEADERS = {"c_tr": "C_tr", "mix": "mixed", "was": "before", "revive_steps": "revived in",
+           "control_steps": "control in"}
+
+
+def summary(rows, cfg):
+    """One dict a cell, ready for the table: mean over seeds, +- standard deviation."""
+    K = cfg.cut[len(cfg.cut) // 2]
+    labels = [k for k in ("prior", "protocol", "rate", "c_tr", "mix") if rows[0].get(k) is not None]
+    a, b = ("count a", "count b") if rows[0]["prior"] else ("forget", "retain")
+    figures = {a: lambda r: r["forget"], b: lambda r: r["retain"],
+               "C_te 1": lambda r: r.get("spurious"), "other word": lambda r: r.get("jailbreak"),
+               "probe": lambda r: r["probe"][-1], "was": lambda r: r["probe_pretrained"][-1],
+               f"{K} cut": lambda r: r["pruned"][K]["forget"],
+               "at random": lambda r: r["pruned"][K]["random_forget"]}
+    lines = []
+    for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in rows):
+        same = [row for row in rows if tuple(row[k] for k in labels) == cell]
+        line = dict(zip(labels, map(str, cell))) | {
+            k: mean_sd([f(row) for row in same], 2) for k, f in figures.items()}
+        line |= {k: mean_sd([row[k] for row in same], 0) for k in ("revive_steps", "control_steps")}
+        lines.append(line)
+    return [{k: line[k] for k in line if any(each[k] is not None for each in lines)}
+            for line in lines]
+
+
+def draw_wrapper(axes, rows, control, cfg, task):
+    """Probes, pruning and revival of one prior's cells, the first; the first seed's curves."""
+    shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
+
+    def label(row):
+        return row.get("protocol") or f"{row['rate']}, C_tr {row['c_tr']:g}" + (
+            ", mixed" * (row["mix"] > 0))
+
+    def mean(found):
+        return [sum(each) / len(each) for each in zip(*found)]
+
+    names, first = list(dict.fromkeys(map(label, shown))), shown[0]
+    same = {name: [row for row in shown if label(row) == name] for name in names}
+    draw_probes(axes[0], {"pretrained": mean(row["probe_pretrained"] for row in shown)} | {
+        name: mean(row["probe"] for row in each) for name, each in same.items()}, first["chance"])
+    draw_pruning(axes[1], task, {name: {
+        K: {k: sum(row["pruned"][K][k] for row in each) / len(each) for k in at}
+        for K, at in first["pruned"].items()} for name, each in same.items()}, "forget")
+    draw_revival(axes[2], task, {name: each[0]["curve"] for name, each in same.items()}
+                 | {"control (never had it)": control}, "forget")
+
+
+STORIES = {"examine": cross_examine, "wrapper": wrapper}
+JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample,
+          "probe": judge_probe, "prune": judge_prune, "revive": judge_revive}
+
+
 def main(cfg):
-    task = open_task(cfg, writes=False)
-    cfg = fill(cfg, task, "attack")
-    model, _ = load(path_of(cfg.model, cfg), task)
+    if cfg.task is None:
+        cfg = dataclasses.replace(cfg, task="pcfg" if cfg.what in ("wrapper", "compiled") else
+                                  "arithmetic")
+    task = open_task(cfg, writes=cfg.what in STORIES)
+    for section in ("attack", "examine", *["wrapper"] * (cfg.what == "wrapper")):
+        cfg = fill(cfg, task, section)
+    if cfg.what in STORIES:
+        return STORIES[cfg.what](cfg, task)
+    model = known(cfg.model, cfg, task)
     task.block_size = model.config.block_size         # judged on rows as long as it reads
-    {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample}[cfg.what](
-        cfg, task, model)
+    JUDGES[cfg.what](cfg, task, model)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import unlearn
 from data.knobs import knob
 from data.report import figure, mean_sd, table, write_rows
-from eval import draw_relearning, relearn, robustness, within
+from eval import AfterBase, draw_relearning, foundations, relearn, robustness, within
 from train import (
     autocast,
     fill,
@@ -31,7 +31,7 @@ from unlearn import imitate
 
 
 @dataclass
-class Config(unlearn.AfterBase):
+class Config(AfterBase):
     alphas: list[float] | None = knob(None, "UNDO's noise: 0 leaves the teacher, 1 nothing of it",
                                       0, 1)
     beta: float = knob(0.1, "size of the noise beside Xavier's", 0)
@@ -116,9 +116,9 @@ def undo(alpha, cfg, task, teacher, teacher_record):
 
 def story(cfg, task):
     """Makes every model, attacks it, and returns its rows (see README, Rows)."""
-    base, filtered = unlearn.foundations(cfg, task)
+    base, filtered = foundations(cfg, task)
     models = {"base": base, "filtered": filtered}
-    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(unlearn.AfterBase)}
+    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(AfterBase)}
     post_hoc = unlearn.Config(**given, method=cfg.method, lr=cfg.unlearn_lr,
                               steps=cfg.unlearn_steps)
     teacher = unlearn.unlearn(post_hoc, task, *base)

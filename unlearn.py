@@ -14,28 +14,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import train
 from data.knobs import BadInput, knob
 from data.report import figure, table, write_rows
-from eval import Attack, draw_relearning, relearn, within
+from eval import AfterBase, draw_relearning, foundations, mixture, relearn, within
 from train import (
     autocast,
-    common,
     fill,
     fit,
     identity,
     obtain,
     open_task,
-    pretrain,
     run,
 )
 
 
-@dataclass
-class AfterBase(Attack):
-    """Knobs of every script that starts from base and compares with filtered."""
-    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
-    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
+RATES = ("L", "M", "S")
 
 
 @dataclass
@@ -44,11 +37,15 @@ class Config(AfterBase):
                        choices=["maxent", "graddiff", "rmu", "oracle", "finetune", "all"])
     steps: int | None = knob(None, "unlearning steps", 1)
     batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2, 2**31)
-    lr: float | str | None = knob(None, "AdamW's rate, or sweep: the most forgetting whose retain "
-                                  "score stays within 2% of base's", 0, 1, ["sweep"])
+    lr: float | str | None = knob(None, "AdamW's rate; L, M or S: the task's own large, medium, "
+                                  "small; sweep: the most forgetting whose retain score stays "
+                                  "within 2% of base's", 0, 1, ["sweep", *RATES])
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
     retain_weight: float | None = knob(None, "weight of the retain term, w in the losses", 0)
     layer: int | None = knob(None, "rmu: the block whose output is steered (auto: the middle)", 1)
+    mix: float = knob(0.0, "finetune: share of its rows from the pretraining mix", 0, 0.9)
+    c_tr: float = knob(0.0, "finetune, pcfg: share of the other rows in which the spurious rule "
+                       "#b = #a + 1 holds", 0, 1)
     steer: float = knob(4.0, "rmu: length of the steering vector, in lengths of the residual", 0)
 
 
@@ -110,7 +107,8 @@ def rmu(model, forget, retain, reference, cfg):
 
 
 def finetune(model, forget, retain, reference, cfg):
-    """CE(retain) alone: hopes that what is not practised fades."""
+    """CE(retain) alone: hopes that what is not practised fades. cfg.mix and cfg.c_tr: see
+    retain_shares."""
     return model(*retain)
 
 
@@ -122,6 +120,17 @@ def oracle(model, forget, retain, reference, cfg):
 
 
 LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
+
+
+def retain_shares(cfg, task):
+    """{split: share} of the rows that a method is to retain: of retain alone, but for finetune
+    (Jain et al. 2023, section 4: other data mixed in, a spurious rule in some of it)."""
+    mix, c_tr = (cfg.mix, cfg.c_tr) if cfg.method == "finetune" else (0, 0)
+    if c_tr and task.name != "pcfg":
+        raise BadInput(f"--c_tr={c_tr:g} means nothing to the task {task.name}: pcfg has the "
+                       f"spurious rule")
+    shares = {"retain": (1 - mix) * (1 - c_tr), "spurious": (1 - mix) * c_tr, "all": mix}
+    return {split: share for split, share in shares.items() if share}
 
 
 def sweep(cfg, task, base, attempt):
@@ -151,11 +160,16 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
     cfg = fill(cfg, task, cfg.method)
     if cfg.layer and cfg.layer > base.config.n_layer:
         raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
+    if cfg.lr in RATES:
+        if cfg.lr not in task.settings.get("rates", ()):
+            raise BadInput(f"--lr={cfg.lr}: the task {task.name} names no rates, give a number")
+        cfg = dataclasses.replace(cfg, lr=task.settings["rates"][cfg.lr])
     reference = filtered if cfg.method == "oracle" else base
-    half = max(cfg.batch_size // 2, 1)
+    half, shares = max(cfg.batch_size // 2, 1), retain_shares(cfg, task)
 
     def loss_fn(model, step):
-        forget, retain = (task.batch(d, half, step, cfg.seed) for d in ("forget", "retain"))
+        forget = task.batch("forget", half, step, cfg.seed)
+        retain = mixture(task, shares, half, step, cfg.seed)
         return LOSSES[cfg.method](model, forget, retain, reference, cfg)
 
     def attempt(lr, keep=None):
@@ -178,17 +192,12 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
     used += ["sweep"] * (cfg.lr == "sweep") + ["layer", "steer"] * (cfg.method == "rmu")
     used += ["retain_weight"] * (cfg.method in ("maxent", "graddiff", "rmu"))
     made_with = {k: getattr(cfg, k) for k in used}
+    if set(shares) != {"retain"}:
+        made_with["shares"] = shares
     made_with["base"] = identity(base_record["made_with"])
     if cfg.method == "oracle":
         made_with["filtered"] = identity(filtered_record["made_with"])
     return obtain(cfg.method, cfg, task, made_with, make)
-
-
-def foundations(cfg, task):
-    """(base, filtered), each a (model, record), from disk or made."""
-    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
-                               filtered_steps=cfg.filtered_steps)
-    return pretrain("base", pretraining, task), pretrain("filtered", pretraining, task)
 
 
 def resolved(cfg, task, method, prefix=""):

@@ -1,12 +1,16 @@
 """Tasks. data.load(name) gives a Task: a tokenizer, batches, and a judge.
 
-A task is a file in this folder with
+A task is a file in this folder. Its text lies on disk, or is made as it is asked for. It has
   SETTINGS              what suits it: model size, steps, rates (for knobs set to auto)
   KNOBS                 the load() arguments that shape its text, with their defaults
-  documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   score(model, task, domains, quick) what a model knows: {"retain": .., "forget": .., finer figures}
   higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
+and, on disk,
+  documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   EXTRA                 names of splits to fine-tune on besides retain and forget, if it has any
+or, made as it is asked for,
+  encoding(block_size)  its tokenizer
+  batch(task, split, size, step, seed, part)   see Task.batch
 On disk, data/<task>/: tokenizer.json, one .bin of uint16 tokens a split, meta.json with checksums.
 The .bin files are memory-mapped: they may be larger than memory.
 """
@@ -25,7 +29,7 @@ from data.disk import alone, digest, remove_leftovers, sha256, write
 from data.knobs import BadInput
 
 TASKS = {"arithmetic": "arithmetic", "language": "language", "tinystories": "tinystories",
-         "bilingual": "tinystories", "instruct": "instruct"}                 # name -> file
+         "bilingual": "tinystories", "instruct": "instruct", "pcfg": "pcfg"}   # name -> file
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
 FOLDER = Path(__file__).parent
 RESIDENT = 4 << 30           # bytes: on a GPU, data up to this size is kept there
@@ -43,7 +47,7 @@ def splits_of(mod):
 
 
 class Task:
-    """A task whose files are on disk and whole.
+    """A task whose files, if it has any, are on disk and whole.
 
     name, settings, higher_is_better       see the module's docstring
     tokenizer                              tiktoken.Encoding; task.end is the id that closes a text
@@ -57,22 +61,29 @@ class Task:
         self.higher_is_better = self.module.higher_is_better
         self.block_size = block_size or self.settings["block_size"]
         self.made_with, self.facts = meta["made_with"], meta["facts"]
-        self.tokenizer = tokenizer.load(folder / "tokenizer.json")
+        self.data_id = hashlib.sha256(json.dumps(meta["files"] or meta).encode()).hexdigest()[:12]
+        self.shard = (0, 1)
+        self.generated = not meta["files"]
+        self.tokenizer = (self.module.encoding(self.block_size) if self.generated else
+                          tokenizer.load(folder / "tokenizer.json"))
         self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.n_vocab - 1
-        self.data_id = hashlib.sha256(json.dumps(meta["files"]).encode()).hexdigest()[:12]
+        if not self.generated:
+            self.open(folder)
+
+    def open(self, folder):
+        """Maps the files, and finds where their texts begin."""
         self.files = {s: open(folder / f"{s}.bin", "rb") for s in self.splits}
         sizes = {s: len(self.tokens(s)) for s in self.splits}
         for split, size in sizes.items():
-            enough(name, split, size, self.block_size)
+            enough(self.name, split, size, self.block_size)
         self.starts = {s: np.flatnonzero(self.tokens(s)[:-self.block_size] == self.end)
                        for s in self.splits} if self.settings.get("aligned") else {}
         for split, starts in self.starts.items():
-            enough(name, split, self.block_size + len(starts), self.block_size)
+            enough(self.name, split, self.block_size + len(starts), self.block_size)
         self.forget_share = sizes["forget_train"] / (sizes["retain_train"] + sizes["forget_train"])
         self.pools = {"retain": [("retain", 0, 1)], "forget": [("forget", 0, 1)],
                       "all": [("retain", 0, 1), ("forget", 0, 1)]} | {      # see labelled()
                           name: [(name, 0, 1)] for name in getattr(self.module, "EXTRA", ())}
-        self.shard = (0, 1)
         self.resident = {}
         if self.device.type == "cuda" and 2 * sum(sizes.values()) <= RESIDENT:
             self.keep_on_device()
@@ -123,6 +134,7 @@ class Task:
     def batch(self, split, size, step, seed, part="train"):
         """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
 
+        Where only the last n tokens of a row are to be learned, targets are (B, n): theirs.
         split   retain | forget | all, one of labelled()'s or of the task's EXTRA. A row never mixes
                 domains; in `all` the first rows are retain, the rest forget, in the proportion of
                 the data. Rows of short texts (settings["aligned"]) begin where a text does: no
@@ -135,6 +147,9 @@ class Task:
         if size % world:
             raise BadInput(f"a batch of {size} rows does not divide over {world} processes: "
                            f"choose another --batch_size")
+        if self.generated:
+            idx, targets = self.module.batch(self, split, size, step, seed, part)
+            return idx[rank::world], targets[rank::world]
         pieces, sizes = [(split, 0, 1)], [size]
         if split == "all":
             forget = round(size * self.forget_share)
@@ -210,6 +225,8 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     least = mod.SETTINGS[name]["least_block_size"]
     if block_size and block_size < least:
         raise BadInput(f"--block_size={block_size}: {name} needs rows of at least {least} tokens")
+    if not hasattr(mod, "documents"):
+        return Task(name, None, {"made_with": asked, "facts": {}, "files": {}}, block_size, device)
     folder = Path(folder or FOLDER) / name
     for knob in ("source", "source2"):
         if asked.get(knob) == "":
