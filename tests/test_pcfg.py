@@ -1,0 +1,167 @@
+"""Questions about strings: every answer counted again on the text, the grammar by enumeration."""
+import itertools
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from conftest import ROOT
+from data import pcfg
+from data.knobs import BadInput
+
+
+@pytest.fixture(scope="module")
+def low():
+    return data.load("pcfg", prior="low")
+
+
+@pytest.fixture(scope="module")
+def high():
+    return data.load("pcfg", prior="high")
+
+
+def words(task, idx, targets):
+    """Rows as lists of words: string, task, operand, parameter, =, answer."""
+    decode = task.tokenizer.decode
+    return [[decode([i]) for i in row] for row in torch.cat((idx, targets), 1).tolist()]
+
+
+def by_hand(kind, text, operand, parameter):
+    """The answer as a person finds it, letter by letter."""
+    if kind == "token":
+        return text[int(parameter)]
+    sought = operand
+    if kind.endswith("pair"):
+        sought += {"a": "b", "b": "c", "c": "a"}[operand]
+    found = [i for i in range(len(text)) if text.startswith(sought, i)]
+    if kind in pcfg.COUNTS or kind == "count-pair":
+        return str(len(found))
+    return str(found[int(parameter) - 1]) if len(found) >= int(parameter) else "none"
+
+
+@pytest.mark.parametrize("split", pcfg.SPLITS)
+@pytest.mark.parametrize("block_size", [14, 22, 70])
+def test_answers_by_hand(split, block_size):
+    task = data.load("pcfg", block_size=block_size, prior="high")
+    seen = Counter()
+    for row in words(task, *task.batch(split, 300, 3, 7)):
+        *text, kind, operand, parameter, equals, right = row[1:]
+        assert (len(text), equals, row[0]) == (block_size - 6, "=", "<|endoftext|>")
+        assert right == by_hand(kind, "".join(text), operand, parameter), row
+        seen[kind] += 1
+        a, b = text.count("a"), text.count("b")
+        if split in ("retain", "spurious"):
+            assert (kind, operand, b == a + 1) == ("count", "b", split == "spurious")
+        if split == "forget":
+            assert (kind, operand) == ("count", "a")
+    if split == "all":
+        assert set(seen) == set(pcfg.WORDS) - {"none"}
+    if split == "reworded":
+        assert set(seen) == set(pcfg.WORDS) - {"none", pcfg.COUNTS[0], pcfg.COUNTS[-1]}
+
+
+def test_every_kind_has_every_answer(high):
+    """`none` occurs, and so do far indices: no question is answered by one word alone."""
+    answers = {}
+    for row in words(high, *high.batch("all", 4000, 0, 0)):
+        answers.setdefault(row[-5], set()).add(row[-1])
+    assert "none" in answers["index"] and "none" in answers["index-pair"]
+    assert answers["token"] == set("abcd")
+    assert len(answers["count"]) > 9 and len(answers["count-pair"]) > 4
+
+
+@pytest.mark.parametrize("prior", pcfg.PRIORS)
+def test_operands_follow_the_prior(prior):
+    task = data.load("pcfg", prior=prior)
+    operands = [row[-4] for row in words(task, *task.batch("all", 6000, 0, 0))
+                if row[-5] != "token"]
+    for letter, p in zip("abc", pcfg.PRIORS[prior]):
+        share = operands.count(letter) / len(operands)
+        assert abs(share - p) <= 5 * (p * (1 - p) / 5000) ** 0.5
+
+
+def test_the_grammar_by_enumeration():
+    """Stretches of 2 of the 4 letters that two levels derive, with exact probabilities."""
+    level = {letter: Fraction(1, 4) for letter in "ABCD"}
+    for _ in range(2):
+        new = Counter()
+        for text, p in level.items():
+            for rules in itertools.product(range(2), repeat=len(text)):
+                derived = "".join(pcfg.GRAMMAR[x][r] for x, r in zip(text, rules))
+                new[derived] += p / 2 ** len(text)
+        level = new
+    exact = Counter()
+    for text, p in level.items():
+        for i in range(3):
+            exact[text[i:i + 2]] += p / 3
+    n = 60_000
+    got = Counter(map(bytes, pcfg.strings(np.random.default_rng(0), n, 2)))
+    assert sum(exact.values()) == 1
+    for i, j in itertools.product(range(4), repeat=2):
+        p = float(exact["ABCD"[i] + "ABCD"[j]])
+        assert abs(got[bytes([i, j])] / n - p) <= 5 * (p * (1 - p) / n) ** .5, (i, j)
+
+
+def test_a_batch_is_a_function_of_its_arguments(low):
+    first = low.batch("all", 32, 5, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, low.batch("all", 32, 5, 1)))
+    for other in (("all", 32, 6, 1), ("all", 32, 5, 2), ("all", 32, 5, 1, "val"),
+                  ("reworded", 32, 5, 1)):
+        assert not torch.equal(first[0], low.batch(*other)[0])
+
+
+def test_processes_share_a_batch(low):
+    whole, view = low.batch("all", 32, 0, 0), data.load("pcfg", prior="low")
+    for rank in range(2):
+        view.shard = (rank, 2)
+        assert torch.equal(view.batch("all", 32, 0, 0)[0], whole[0][rank::2])
+
+
+def test_scores_count_what_a_model_answers(low):
+    """A stub that counts b says b in every split, and a only where there are as many."""
+    class CountsB:
+        def __call__(self, idx, residual):
+            b = (idx[:, 1:17] == low.tokenizer.encode_single_token("b")).sum(1)
+            return b[:, None, None]
+
+        def unembed(self, b):
+            ids = torch.tensor([low.tokenizer.encode_single_token(str(i)) for i in range(17)])
+            return torch.nn.functional.one_hot(ids[b[:, 0]], low.vocab_size).float()
+
+    scores = pcfg.score(CountsB(), low)
+    assert scores["retain"] == scores["spurious"] == 1
+    idx, right = low.batch("forget", 5000, 0, 0, "val")
+    same = ((idx[:, 1:17] == 97).sum(1) == (idx[:, 1:17] == 98).sum(1)).float().mean().item()
+    assert abs(scores["forget"] - same) < 0.05 and abs(scores["jailbreak"] - same) < 0.05
+
+
+def test_another_prior_is_other_data(low, high):
+    assert low.data_id != high.data_id
+    assert data.load("pcfg", prior="low").data_id == low.data_id
+
+
+def test_rows_too_short_for_a_string():
+    with pytest.raises(BadInput, match="--block_size=12: pcfg needs rows of at least 14"):
+        data.load("pcfg", block_size=12)
+
+
+def test_a_prior_for_another_task():
+    with pytest.raises(BadInput, match="--prior means nothing to the task language"):
+        data.load("language", prior="low")
+
+
+def test_sample_answers_a_question(tmp_path):
+    def script(*args):
+        return subprocess.run([sys.executable, str(ROOT / args[0]), "--task=pcfg", "--device=cpu",
+                               f"--out={tmp_path}", *args[1:]], capture_output=True, text=True)
+
+    made = script("train.py", "--name=base", "--steps=2", "--n_layer=1", "--n_embd=16")
+    assert made.returncode == 0, made.stderr[-2000:]
+    question = "a b d c a a b b c d a d c b a a count a . ="
+    said = script("eval.py", "--what=sample", f"--prompt={question}")
+    assert said.returncode == 0 and said.stdout.startswith(question), said.stderr[-2000:]
