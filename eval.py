@@ -653,6 +653,8 @@ def main(cfg):
     if cfg.task is None:
         cfg = dataclasses.replace(cfg, task="pcfg" if cfg.what in ("wrapper", "compiled") else
                                   "arithmetic")
+    if cfg.what == "wrapper" and cfg.task not in ("pcfg", "instruct"):
+        raise BadInput(f"--what=wrapper tells of pcfg and instruct, not of {cfg.task}")
     task = open_task(cfg, writes=cfg.what in STORIES)
     for section in ("attack", "examine", *["wrapper"] * (cfg.what == "wrapper")):
         cfg = fill(cfg, task, section)
