@@ -3,10 +3,10 @@
 After Jain et al. 2023 (section 4). A probabilistic grammar writes strings over {a, b, c} and a
 filler d; the question names a task, an operand and a parameter, and one token answers it:
 
-    a b d b a c .. count a . = 5         how many a; also: tally a, number a, sum a, total a
-    a b d b a c .. count-pair a . = 2    how many ab (the pairs are ab, bc, ca)
-    a b d b a c .. index b 2 = 3         where the second b is, counted from 0; none: there is none
-    a b d b a c .. index-pair c 1 = none
+    a b d b a c .. count A . = 5         how many a; also: tally A, number A, sum A, total A
+    a b d b a c .. count-pair A . = 2    how many ab (the pairs are ab, bc, ca)
+    a b d b a c .. index B 2 = 3         where the second b is, counted from 0; none: there is none
+    a b d b a c .. index-pair C 1 = none
     a b d b a c .. token . 4 = a         which token is at index 4
 
 Pretraining asks everything, with operands drawn by a prior: under the low one nearly all are a.
@@ -110,14 +110,14 @@ def ask(task, x, kind, operand, parameter=None, word=None):
     operand, parameter   (N,) integers each, None where the task has none; word: one of COUNTS
     """
     token = task.tokenizer.encode_single_token
-    letters, numbers = (np.array([token(t) for t in tokens]) for tokens in
-                        ("abcd", [str(i) for i in range(x.shape[1] + 1)]))
+    letters, operands, numbers = (np.array([token(t) for t in tokens]) for tokens in
+                                  ("abcd", "ABC", [str(i) for i in range(x.shape[1] + 1)]))
     right = answer(kind, x, operand, parameter)
     right = letters[right] if kind == "token" else np.where(
         right < 0, token("none"), numbers[right])
     row = np.empty((len(x), x.shape[1] + PROMPT), np.int64)
     row[:, 0], row[:, 1:-5], row[:, -5] = task.end, letters[x], token(word or kind)
-    row[:, -4] = token(".") if operand is None else letters[operand]
+    row[:, -4] = token(".") if operand is None else operands[operand]
     row[:, -3] = token(".") if parameter is None else numbers[parameter]
     row[:, -2], row[:, -1] = token("="), right
     row = torch.from_numpy(row).to(task.device)
