@@ -7,7 +7,7 @@
     python eval.py --what=prune --model=maxent       does cutting a few neurons bring it back?
     python eval.py --what=revive --model=maxent      how few steps of fine-tuning bring it back?
     python eval.py --what=examine --task=language    the last three on every model in OUT/TASK/
-    python eval.py --what=wrapper                    the story: fine-tuning hides, it does not remove
+    python eval.py --what=wrapper                    fine-tuning hides, it removes nothing
     python eval.py --what=wrapper --task=instruct    the same on stories that end with a moral
     python eval.py --what=compiled                   the same on a counter whose weights we set
 
@@ -24,7 +24,17 @@ import torch.nn.functional as F
 import data
 import train
 from data.knobs import BadInput, knob
-from data.report import figure, mean_sd, table, write_rows
+from data.report import (
+    draw_attention,
+    draw_probes,
+    draw_pruning,
+    draw_relearning,
+    draw_revival,
+    figure,
+    mean_sd,
+    table,
+    write_rows,
+)
 from model import norm, rotate
 from train import (
     Common,
@@ -310,69 +320,6 @@ def examine(model, task, cfg, goal, name):
                      "revive_steps": steps, "curve": curve}
 
 
-# --- pictures ------------------------------------------------------------------------------------
-def draw_relearning(ax, task, curves):
-    """Worst-case forget score against attack steps; curves: {name: {step: score}}."""
-    styles = {"filtered": dict(color="black", linestyle="--", linewidth=2.5)}
-    for name, points in curves.items():
-        ax.plot(list(points), list(points.values()), marker="o", markersize=4,
-                label=name + " (gold standard)" * (name == "filtered"), **styles.get(name, {}))
-    ax.set(xlabel="fine-tuning steps of the attacker",
-           ylabel=f"forget {measure(task)}, worst rate")
-    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))        # beside the curves
-
-
-def measure(task):
-    return "accuracy" if task.higher_is_better else "loss (nats per token)"
-
-
-def draw_probes(ax, probes, chance):
-    """probes: {name: [accuracy by block]}."""
-    for name, found in probes.items():
-        ax.plot(range(1, len(found) + 1), found, marker="o", markersize=4, label=name)
-    ax.axhline(chance, color="grey", linestyle=":", label="commonest answer")
-    ax.set(xlabel="block", ylabel="accuracy of a linear probe", xticks=range(1, len(found) + 1),
-           ylim=(0, 1.02), title="Is it still in there?")
-    ax.legend(fontsize=9)
-
-
-def draw_pruning(ax, task, pruned, domain):
-    """pruned: {name: {K: scores}}; dotted: as many random neurons."""
-    for name, found in pruned.items():
-        line, = ax.plot(list(found), [at[domain] for at in found.values()], marker="o",
-                        markersize=4, label=name)
-        ax.plot(list(found), [at[f"random_{domain}"] for at in found.values()], ":",
-                color=line.get_color())
-    ax.set(xlabel="MLP neurons cut out (dotted: at random)", ylabel=f"{domain} {measure(task)}",
-           title="Does cutting neurons bring it back?")
-    ax.legend(fontsize=9)
-
-
-def draw_revival(ax, task, curves, domain):
-    """curves: {name: {step: score}}; the control, which never had it, is dashed."""
-    for name, points in curves.items():
-        style = dict(color="black", linestyle="--") if name.startswith("control") else {}
-        ax.plot(list(points), list(points.values()), label=name, **style)
-    ax.set(xlabel="steps of reverse fine-tuning", ylabel=f"{domain} {measure(task)}",
-           title="How soon is it back?")
-    ax.legend(fontsize=9)
-
-
-def draw_attention(axes, task, models):
-    """Where the last token of one question looks, by block and head. models: two of {name: GPT}."""
-    idx, targets = task.batch("forget", 1, 0, 60_000, "val")
-    tokens = [task.tokenizer.decode([i]) for i in idx[0].tolist()]
-    for ax, (name, model) in zip(axes, models.items()):
-        heads = torch.cat([attention(model, idx, i)[0, :, -1] for i in range(len(model.blocks))])
-        ax.imshow(heads.cpu(), aspect="auto", cmap="Blues", vmin=0)
-        ax.set(xticks=range(len(tokens)), xticklabels=["" if i == task.end else token for i, token
-                                                       in zip(idx[0].tolist(), tokens)],
-               yticks=range(len(heads)), title=name, xlabel="tokens of a question",
-               yticklabels=[f"{i + 1}.{h + 1}" for i in range(model.config.n_layer)
-                            for h in range(model.config.n_head)], ylabel="block.head")
-        ax.grid(False)
-
-
 # --- the judges ----------------------------------------------------------------------------------
 def judge_score(cfg, task, model):
     with autocast(cfg):
@@ -582,7 +529,7 @@ def wrapper(cfg, task):
             draw_wrapper(axes, rows, controls[cfg.seed][1], cfg, task)
     with figure("wrapper-attention", cfg, 2) as axes:
         if axes is not None:
-            draw_attention(axes, task, pictured)
+            show_attention(axes, task, pictured)
 
 
 def in_the_papers_words(row):
@@ -642,6 +589,17 @@ def draw_wrapper(axes, rows, control, cfg, task):
         for K, at in first["pruned"].items()} for name, each in same.items()}, "forget")
     draw_revival(axes[2], task, {name: each[0]["curve"] for name, each in same.items()}
                  | {"control (never had it)": control}, "forget")
+
+
+def show_attention(axes, task, models):
+    """Where the last token of one question looks, by block and head. models: two of {name: GPT}."""
+    idx, _ = task.batch("forget", 1, 0, 60_000, "val")
+    tokens = ["" if i == task.end else task.tokenizer.decode([i]) for i in idx[0].tolist()]
+    for ax, (name, model) in zip(axes, models.items()):
+        heads = torch.cat([attention(model, idx, i)[0, :, -1] for i in range(len(model.blocks))])
+        names = [f"{i + 1}.{h + 1}" for i in range(model.config.n_layer)
+                 for h in range(model.config.n_head)]
+        draw_attention(ax, heads.cpu(), names, tokens, name)
 
 
 STORIES = {"examine": cross_examine, "wrapper": wrapper}

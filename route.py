@@ -38,6 +38,7 @@ from train import (
     fill,
     fit,
     hardware,
+    identity,
     new_model,
     obtain,
     open_task,
@@ -337,15 +338,18 @@ def recipe(cfg, task):
                                          "muon_lr", "steps")} | {"block_size": task.block_size}
 
 
+def name_of(method, fraction):
+    return f"route-{method}" + f"-{100 * fraction:g}" * (method not in NO_LABELS)
+
+
 def trained(method, fraction, task, cfg):
     """(model, record) of a method under labels for a fraction of the forget data, from disk or
     made. Every method sees as many tokens."""
     own = {"era": ("expand", "off_target", "l1"), "expanded": ("expand",),
            "sgtm": ("forget_heads", "forget_units")}.get(method, ())
     made_with = recipe(cfg, task) | {k: getattr(cfg, k) for k in own} | {"method": method}
-    name = f"route-{method}"
+    name = name_of(method, fraction)
     if method not in NO_LABELS:
-        name += f"-{100 * fraction:g}"
         made_with |= {"label_fraction": fraction, "false_positives": cfg.false_positives}
     if method == "sgtm":
         made_with["retain_labels"] = cfg.retain_labels or fraction
@@ -362,13 +366,19 @@ def trained(method, fraction, task, cfg):
     return obtain(name, cfg, task, made_with, make)
 
 
-def examine(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None):
+def examine(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None, record=None):
     """One row: losses before and after ablation, after fine-tuning, and under attack; all by the
-    truth but for the fine-tuning, whose rows are labelled retain."""
+    truth but for the fine-tuning, whose rows are labelled retain. What is left of a routed model
+    (record: its training's) is kept as NAME-ablated.pt, for eval.py to look into."""
     before = calibrated(model, task, cfg, hooks)
     ablate(model, *part)
     after = calibrated(model, task, cfg) if any(part) else before
-    tuned = cohere(model, labelled, cfg, method)
+    if any(part):
+        tuned, _ = obtain(f"{name_of(method, fraction)}-ablated", cfg, task, {
+            "routed": identity(record["made_with"]), "coherence_steps": cfg.coherence_steps},
+            lambda keep: (cohere(model, labelled, cfg, method), record))
+    else:
+        tuned = cohere(model, labelled, cfg, method)
     finetuned = calibrated(tuned, task, cfg)
     worst = relearn(tuned, task, cfg, method)["worst"]
     return {"method": method, "label_fraction": fraction, "seed": cfg.seed,
@@ -459,14 +469,15 @@ def language(cfg):
                  for f in cfg.label_fractions}
         models = {(method, f): trained(method, f, view, own)
                   for f, view in views.items() for method in cfg.methods}
-        for (method, f), (model, _) in models.items():
+        for (method, f), (model, record) in models.items():
             first = [r for r in rows if (r["method"], r["seed"]) == (method, own.seed)]
             if first and method in NO_LABELS:
                 rows.append(first[0] | {"label_fraction": f})
                 continue
             hooks = {domain: silence(units=units) for domain, units
                      in experts(model, task.device).items()} if method == "demix" else None
-            rows.append(examine(model, task, views[f], own, method, f, part_of(method, own), hooks))
+            rows.append(examine(model, task, views[f], own, method, f, part_of(method, own), hooks,
+                                record))
         for f, view in views.items() if cfg.with_posthoc else ():
             rows += posthoc(f, task, view, own, trained("base", f, view, own))
     columns = {"method": "method", "labels": "labels", "retain_before": "retain",

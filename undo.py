@@ -15,8 +15,8 @@ import torch
 
 import unlearn
 from data.knobs import knob
-from data.report import figure, mean_sd, table, write_rows
-from eval import AfterBase, draw_relearning, foundations, relearn, robustness, within
+from data.report import draw_relearning, figure, mean_sd, table, write_rows
+from eval import AfterBase, foundations, relearn, robustness, within
 from train import (
     autocast,
     fill,

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from data.knobs import BadInput, knob
-from data.report import figure, table, write_rows
-from eval import AfterBase, draw_relearning, foundations, mixture, relearn, within
+from data.report import draw_relearning, figure, table, write_rows
+from eval import AfterBase, foundations, mixture, relearn, within
 from train import (
     autocast,
     fill,
@@ -26,7 +26,6 @@ from train import (
     open_task,
     run,
 )
-
 
 RATES = ("L", "M", "S")
 

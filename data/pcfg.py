@@ -62,7 +62,7 @@ def encoding(block_size):
     return tokenizer.encoding(tokens, "pcfg", r"\S+")
 
 
-# --- strings and answers: integers 0..3 for a, b, c, d ---------------------------------------------
+# --- strings and answers: integers 0..3 for a, b, c, d -------------------------------------------
 def strings(rng, size, length):
     """(size, length) uint8: random stretches of what the grammar derives."""
     x = rng.integers(0, 4, (size, 1), np.uint8)

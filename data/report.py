@@ -73,3 +73,60 @@ def figure(script, cfg, panels):
         drawing.savefig(path, dpi=130)
         pyplot.close(drawing)
     print(f"picture: {path}")
+
+
+# --- pictures that several stories draw ----------------------------------------------------------
+def draw_relearning(ax, task, curves):
+    """Worst-case forget score against attack steps; curves: {name: {step: score}}."""
+    styles = {"filtered": dict(color="black", linestyle="--", linewidth=2.5)}
+    for name, points in curves.items():
+        ax.plot(list(points), list(points.values()), marker="o", markersize=4,
+                label=name + " (gold standard)" * (name == "filtered"), **styles.get(name, {}))
+    ax.set(xlabel="fine-tuning steps of the attacker",
+           ylabel=f"forget {measure(task)}, worst rate")
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))        # beside the curves
+
+
+def measure(task):
+    return "accuracy" if task.higher_is_better else "loss (nats per token)"
+
+
+def draw_probes(ax, probes, chance):
+    """probes: {name: [accuracy by block]}."""
+    for name, found in probes.items():
+        ax.plot(range(1, len(found) + 1), found, marker="o", markersize=4, label=name)
+    ax.axhline(chance, color="grey", linestyle=":", label="commonest answer")
+    ax.set(xlabel="block", ylabel="accuracy of a linear probe", xticks=range(1, len(found) + 1),
+           ylim=(0, 1.02), title="Is it still in there?")
+    ax.legend(fontsize=9)
+
+
+def draw_pruning(ax, task, pruned, domain):
+    """pruned: {name: {K: scores}}; dotted: as many random neurons."""
+    for name, found in pruned.items():
+        line, = ax.plot(list(found), [at[domain] for at in found.values()], marker="o",
+                        markersize=4, label=name)
+        ax.plot(list(found), [at[f"random_{domain}"] for at in found.values()], ":",
+                color=line.get_color())
+    ax.set(xlabel="MLP neurons cut out (dotted: at random)", ylabel=f"{domain} {measure(task)}",
+           title="Does cutting neurons bring it back?")
+    ax.legend(fontsize=9)
+
+
+def draw_revival(ax, task, curves, domain):
+    """curves: {name: {step: score}}; the control, which never had it, is dashed."""
+    for name, points in curves.items():
+        style = dict(color="black", linestyle="--") if name.startswith("control") else {}
+        ax.plot(list(points), list(points.values()), label=name, **style)
+    ax.set(xlabel="steps of reverse fine-tuning", ylabel=f"{domain} {measure(task)}",
+           title="How soon is it back?")
+    ax.legend(fontsize=9)
+
+
+def draw_attention(ax, heads, names, tokens, title):
+    """heads (how many, T): where the last of these tokens looks, one line a head."""
+    ax.imshow(heads, aspect="auto", cmap="Blues", vmin=0)
+    ax.set(xticks=range(len(tokens)), xticklabels=tokens, yticks=range(len(names)),
+           yticklabels=names, xlabel="tokens of a question", ylabel="block.head", title=title)
+    ax.tick_params(labelsize=9)
+    ax.grid(False)

@@ -8,9 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import data
-from conftest import ROOT
 from data import pcfg
 from data.knobs import BadInput
 
