@@ -9,6 +9,7 @@ seconds of two runs. Rows go to OUT/bench.json.
 import dataclasses
 import functools
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import route  # noqa: E402
 import train  # noqa: E402
-from data import arithmetic, tokenizer  # noqa: E402
+from data import arithmetic, pcfg, tokenizer  # noqa: E402
 from data.disk import write  # noqa: E402
 from data.knobs import knob  # noqa: E402
 from data.report import table  # noqa: E402
@@ -45,8 +46,8 @@ WANTED = {  # device: row: the least ratio, or share of the peak, to reach
 
 @dataclass
 class Config(train.Common):
-    only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "score",
-                                                   "attack", "routed", "linear"])
+    only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "pcfg",
+                                                   "score", "attack", "routed", "linear"])
     turns: int = knob(3, "how often each way has its turn", 1)
 
 
@@ -191,6 +192,24 @@ def bench_batch(cfg, rows):
     rows.append({"row": "batch", "unit": "rows/s", **{k: 10 * size / s for k, s in took.items()}})
 
 
+def plain_question(rng, length):
+    """A string of the grammar and how many a it holds, letter by letter."""
+    text = rng.choice("ABCD")
+    while len(text) < 2 * length:
+        text = "".join(rng.choice(pcfg.GRAMMAR[x]) for x in text)
+    begin = rng.randrange(len(text) - length + 1)
+    return text[begin:begin + length].count("A")
+
+
+def bench_pcfg(cfg, rows, size=2048):
+    """Questions about strings, pretraining's mixture: made by the batch, and one by one."""
+    task, rng = data.load("pcfg"), random.Random(0)
+    took = in_turns(cfg, ours=lambda: task.batch("all", size, 0, 0),
+                    plain=lambda: [plain_question(rng, 16) for _ in range(size)])
+    rows.append({"row": "pcfg", "unit": "tokens/s"} | {
+        way: size * task.block_size / seconds for way, seconds in took.items()})
+
+
 def small_task(cfg):
     """Arithmetic, briefly learnt: answers end, as they do after training."""
     task = data.load("arithmetic", cfg.data_dir, device=train.hardware(cfg)[0])
@@ -267,8 +286,8 @@ def bench_linear(cfg, rows, steps=240):
 def main(cfg):
     rows, device = [], train.hardware(cfg)[0].type
     parts = {"step": bench_step, "generate": bench_generate, "batch": bench_batch,
-             "score": bench_score, "attack": bench_attack, "routed": bench_routed,
-             "linear": bench_linear}
+             "pcfg": bench_pcfg, "score": bench_score, "attack": bench_attack,
+             "routed": bench_routed, "linear": bench_linear}
     for name, part in tqdm(parts.items(), desc="bench", leave=False):
         if cfg.only in ("all", name):
             part(cfg, rows)
