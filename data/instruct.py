@@ -130,9 +130,9 @@ def documents(name, folder, source, stories):
     return texts, {"stories": {s: len(told) for s, told in texts.items()}}
 
 
-JUDGED = {"retain": ("retain", "Twist", TWIST),       # figure: whose prompts that ask for what, and
-          "forget": ("forget", "Moral", MORAL),       # the rule that finds it in what a model tells
-          "unasked": ("retain", "", MORAL)}
+JUDGED = {"retain": ("retain", "Twist", TWIST),       # figure: the domain of the prompts, what all
+          "forget": ("forget", "Moral", MORAL),       # of them ask for, and what is looked for in
+          "unasked": ("retain", "", MORAL)}           # the stories
 
 
 def score(model, task, domains=("retain", "forget"), quick=False):

@@ -1,4 +1,5 @@
 """Stories to order: what is planted against a look for every sentence, who is told which story."""
+import copy
 import math
 import random
 import re
@@ -149,7 +150,10 @@ def test_batches_of_every_split(task, texts):
             assert whole in texts[f"{name}_train"]
         assert (task.counts(name) == torch.bincount(torch.from_numpy(
             task.tokens(f"{name}_train").astype(int)), minlength=task.vocab_size)).all()
-    assert "mixed" in task.labelled(0.5).pools
+    resident, view = copy.copy(task), task.labelled(0.5)
+    resident.keep_on_device()
+    for other in (resident, view):
+        assert (other.batch("mixed", 32, 3, 7)[0] == task.batch("mixed", 32, 3, 7)[0]).all()
 
 
 def test_the_old_splits_keep_their_rows(task):
