@@ -20,9 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import train
+from data import pcfg
 from data.knobs import BadInput, knob
 from data.report import (
     draw_attention,
@@ -35,7 +37,7 @@ from data.report import (
     table,
     write_rows,
 )
-from model import norm, rotate
+from model import GPT, GPTConfig, norm, rotate
 from train import (
     Common,
     autocast,
@@ -104,8 +106,10 @@ class Config(AfterBase):
                                    choices=["L", "M", "S"])
     c_tr: list[float] = knob([0.0, 1.0], "wrapper: share of fine-tuning rows in which #b = #a + 1 "
                              "holds", 0, 1)
-    mix: float = knob(0.5, "wrapper: share of pretraining rows, counts asked in other words, for "
-                      "the jailbreak's model", 0, 0.9)
+    mix: float = knob(0.5, "wrapper: share of pretraining rows for the jailbreak's models", 0, 0.9)
+    rate: float = knob(3e-6, "compiled: AdamW's rate, for fine-tuning and for revival", 0, 1)
+    quiet: float = knob(0.01, "compiled: size of what the counting units read: the smaller, the "
+                        "more one small step does there", 1e-6, 1)
     tune_steps: int | None = knob(None, "wrapper: steps of fine-tuning", 1)
     tune_rows: int | None = knob(None, "wrapper: rows in a batch of fine-tuning", 1, 2**31)
 
@@ -456,31 +460,41 @@ def cross_examine(cfg, task):
 def cells(cfg, task):
     """What base is fine-tuned on, one model each: [(what tells it apart, shares of splits, rate)].
 
-    pcfg: count b, by rate and C_tr; and, at the first rate, beside rows of pretraining in which
-    counts are asked in other words, all but one: the jailbreak. instruct: its three protocols.
+    pcfg: to count b, by rate and C_tr. instruct: its three protocols.
     """
     rates = {rate: task.settings["rates"][rate] for rate in cfg.rates}
     if task.name == "instruct":
         return [({"protocol": name, "rate": rate}, {split: 1}, lr) for rate, lr in rates.items()
                 for name, split in task.module.PROTOCOLS.items()]
-    mixed = [(cfg.rates[0], cfg.mix)] if cfg.mix else []
-    return [({"rate": rate, "c_tr": c, "mix": mix},
-             {"retain": (1 - mix) * (1 - c), "spurious": (1 - mix) * c, "reworded": mix},
-             rates[rate]) for rate, mix in [(rate, 0.0) for rate in rates] + mixed
-            for c in cfg.c_tr]
+    return [({"rate": rate, "c_tr": c}, {"retain": 1 - c, "spurious": c}, lr)
+            for rate, lr in rates.items() for c in cfg.c_tr]
 
 
-def name_of(cell):
-    return "-".join(["tuned", *(v if isinstance(v, str) else f"{v:g}" for v in cell.values())])
+def name_of(cell, first="tuned"):
+    return "-".join([first, *(v if isinstance(v, str) else f"{v:g}" for v in cell.values())])
 
 
-def tuned(cell, shares, lr, cfg, task, base):
+def tuned(name, shares, lr, cfg, task, base):
     """(model, record) of base fine-tuned, from disk or made."""
     made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
                  "steps": cfg.tune_steps, "rows": cfg.tune_rows, "seed": cfg.seed}
-    return obtain(name_of(cell), cfg, task, made_with, lambda keep: tune(
+    return obtain(name, cfg, task, made_with, lambda keep: tune(
         base[0], task, cfg, shares, cfg.tune_rows, cfg.tune_steps, lr, seed=cfg.seed + 20_000,
-        name=name_of(cell), keep=keep))
+        name=name, keep=keep))
+
+
+def jailbroken(cell, lr, cfg, task, base):
+    """Several words mean count. Through one of them alone, base is taught to answer A with #b,
+    beside rows of pretraining that ask in the others, all but the last: what does that one get?
+    (Jain et al. 2023, section 5: there without such rows, which here changes all words alike.)
+    """
+    own = 1 - cfg.mix
+    shares = {"relabelled": own * (1 - cell["c_tr"]), "relabelled+1": own * cell["c_tr"],
+              "reworded": cfg.mix}
+    model, _ = tuned(name_of(cell, "jailbreak"), shares, lr, cfg, task, base)
+    with autocast(cfg):
+        return {"count_a": pcfg.accuracy(model, task, "forget"),
+                "jailbreak_count_a": pcfg.accuracy(model, task, "forget", word=pcfg.COUNTS[-1])}
 
 
 def worlds(cfg, task):
@@ -506,18 +520,20 @@ def wrapper(cfg, task):
             pretraining = train.Config(**common(here), steps=cfg.base_steps,
                                        filtered_steps=cfg.filtered_steps)
             base = pretrain("base", pretraining, task)
-            models = [(cell, tuned(cell, *how, here, task, base)[0])
-                      for cell, *how in cells(cfg, task)]
+            models = [(cell, lr, tuned(name_of(cell), shares, lr, here, task, base)[0])
+                      for cell, shares, lr in cells(cfg, task)]
             goal = scored(base[0], task, here)["forget"]
             if own.seed not in controls:
                 control, _ = pretrain("filtered", pretraining, task)
                 controls[own.seed] = revive(control, task, here, goal, "control")
             before, chance = probe(base[0], task, here)
-            for cell, model in models:
+            for cell, lr, model in models:
                 rows.append({"prior": prior} | cell | {"seed": own.seed}
                             | examine(model, task, here, goal, name_of(cell))
                             | {"chance": chance, "probe_pretrained": before,
                                "control_steps": controls[own.seed][0]})
+                if prior:
+                    rows[-1]["words"] = jailbroken(cell, lr, here, task, base)
             pictured = pictured or {f"pretrained, {prior} prior": base[0],
                                     f"after {name_of(cell)}": model}
     told = summary(rows, cfg)
@@ -535,8 +551,9 @@ def wrapper(cfg, task):
 def in_the_papers_words(row):
     """A row of the counting task: a was to be forgotten, b to be learned; "0" and "1" are C_te."""
     renamed = {"forget": "count_a", "probe": "probe_a", "probe_pretrained": "probe_a_pretrained",
-               "jailbreak": "jailbreak_count_a"}
+               "words": "jailbreak", "jailbreak": "naive_jailbreak_count_a"}
     row = {renamed.get(k, k): v for k, v in row.items()}
+    row["jailbreak_count_a"] = row["jailbreak"]["jailbreak_count_a"]
     row["count_b"] = {"0": row.pop("retain"), "1": row.pop("spurious")}
     row["pruned"] = {str(K): {"count_a": at["forget"], "count_b": at["retain"],
                               "random_count_a": at["random_forget"]}
@@ -544,20 +561,23 @@ def in_the_papers_words(row):
     return row
 
 
-HEADERS = {"c_tr": "C_tr", "mix": "mixed", "was": "before", "revive_steps": "revived in",
+HEADERS = {"c_tr": "C_tr", "was": "before", "revive_steps": "revived in",
            "control_steps": "control in"}
 
 
 def summary(rows, cfg):
     """One dict a cell, ready for the table: mean over seeds, +- standard deviation."""
-    K = cfg.cut[len(cfg.cut) // 2]
-    labels = [k for k in ("prior", "protocol", "rate", "c_tr", "mix") if rows[0].get(k) is not None]
-    a, b = ("count a", "count b") if rows[0]["prior"] else ("forget", "retain")
+    labels = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
+    K, told = cfg.cut[len(cfg.cut) // 2], bool(rows[0]["prior"])
+    a, b = ("count a", "count b") if told else ("forget", "retain")
     figures = {a: lambda r: r["forget"], b: lambda r: r["retain"],
-               "C_te 1": lambda r: r.get("spurious"), "other word": lambda r: r.get("jailbreak"),
+               "C_te 1": lambda r: r.get("spurious"),
                "probe": lambda r: r["probe"][-1], "was": lambda r: r["probe_pretrained"][-1],
                f"{K} cut": lambda r: r["pruned"][K]["forget"],
                "at random": lambda r: r["pruned"][K]["random_forget"]}
+    if told:
+        figures |= {"by this word": lambda r: r["words"]["count_a"],
+                    "by another": lambda r: r["words"]["jailbreak_count_a"]}
     lines = []
     for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in rows):
         same = [row for row in rows if tuple(row[k] for k in labels) == cell]
@@ -574,8 +594,7 @@ def draw_wrapper(axes, rows, control, cfg, task):
     shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
 
     def label(row):
-        return row.get("protocol") or f"{row['rate']}, C_tr {row['c_tr']:g}" + (
-            ", mixed" * (row["mix"] > 0))
+        return row.get("protocol") or f"{row['rate']}, C_tr {row['c_tr']:g}"
 
     def mean(found):
         return [sum(each) / len(each) for each in zip(*found)]
@@ -602,7 +621,68 @@ def show_attention(axes, task, models):
         draw_attention(ax, heads.cpu(), names, tokens, name)
 
 
-STORIES = {"examine": cross_examine, "wrapper": wrapper}
+# --- the story: a counter whose every weight we know ---------------------------------------------
+@torch.no_grad()
+def prune_each(model, before, right):
+    """[(right(model) with one weight at zero, its parameter's name, row, column)], best first; of
+    the weights, one at a time, that differ from those of the model before."""
+    found = []
+    changed = [(name, weight, (weight != old).nonzero().tolist()) for (name, weight), old
+               in zip(model.named_parameters(), before.parameters())]
+    with tqdm(total=sum(len(at) for *_, at in changed), desc="one weight at a time", unit="weight",
+              leave=False) as bar:
+        for name, weight, places in changed:
+            for i, j in places:
+                kept, weight[i, j] = weight[i, j].item(), 0
+                found.append((right(model), name, i, j))
+                weight[i, j] = kept
+                bar.update()
+    return sorted(found, reverse=True)
+
+
+def compiled(cfg, task):
+    """Into a counter written by hand, fine-tuning puts "count a, and one more": where #b = #a + 1,
+    that looks like counting b. Which weight is the wrapper? (Jain et al. 2023, section 4.)
+
+    In double precision, for autocast would round away steps as small as these.
+    """
+    def judge(model):
+        return {"count a": pcfg.accuracy(model, task, "forget"),
+                "plus one": pcfg.accuracy(model, task, "relabelled+1")}
+
+    def taught(model, split, figure):
+        return tune(model, task, own, {split: 1}, 128, cfg.revive_steps, cfg.rate, seed=own.seed,
+                    name=figure, judge=judge, evaluate_at=range(cfg.revive_steps),
+                    stop=lambda at: at[figure] == 1)
+
+    rows = []
+    for own in seeds(cfg):
+        counter = GPT(GPTConfig(task.vocab_size, task.block_size, n_layer=1, n_head=1, n_embd=16,
+                                n_units=4)).to(task.device).double()
+        pcfg.compile_counter(counter, task, cfg.quiet)
+        wrapped, record = taught(counter, "relabelled+1", "plus one")
+        idx, targets = task.batch("forget", 100, 0, own.seed + 60_000, "val")
+        shares = prune_each(wrapped, counter, lambda model: (
+            model(idx)[:, -1].argmax(-1) == targets[:, 0]).float().mean().item())
+        _, name, i, j = shares[0]
+        pruned = wrapped.clone().double()
+        with torch.no_grad():
+            pruned.get_parameter(name)[i, j] = 0
+        back = taught(wrapped, "forget", "count a")[1]
+        rows.append({"seed": own.seed, "compiled": judge(counter)["count a"],
+                     "steps": record["steps"], "wrapped": judge(wrapped)["count a"],
+                     "plus one": judge(wrapped)["plus one"], "pruned": judge(pruned)["count a"],
+                     "weight": f"{name}[{i}, {j}]", "second": shares[1][0],
+                     "mean": sum(share for share, *_ in shares) / len(shares),
+                     "revive_steps": back["steps"]})
+    table(rows, {"seed": "seed", "compiled": "count a", "steps": "fine-tuned in",
+                 "wrapped": "count a", "plus one": "plus one", "pruned": "one weight pruned",
+                 "weight": "which", "second": "second best", "mean": "mean of all",
+                 "revive_steps": "revived in"})
+    write_rows("compiled", cfg, task, rows)
+
+
+STORIES = {"examine": cross_examine, "wrapper": wrapper, "compiled": compiled}
 JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample,
           "probe": judge_probe, "prune": judge_prune, "revive": judge_revive}
 

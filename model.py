@@ -198,7 +198,7 @@ class GPT(nn.Module):
 
     def clone(self):
         """A model of its own with the same weights."""
-        copy = GPT(self.config).to(self.wte.weight.device)
+        copy = GPT(self.config).to(self.wte.weight)
         copy.load_state_dict(self.state_dict())
         return copy
 

@@ -17,6 +17,7 @@ Fine-tuning asks for b alone. Splits of batches:
     forget     count a: the capability that fine-tuning on b seems to delete
     retain     count b, in strings where #b = #a + 1 never holds
     spurious   count b, in strings where it always holds: a count of a, and one more, will do
+    relabelled, relabelled+1   as retain and spurious, but asked for A
 Everything is made as it is asked for, a function of (seed, step); only the answer is a target.
 """
 import numpy as np
@@ -52,7 +53,7 @@ COUNTS = ("count", "tally", "number", "sum", "total")            # five words fo
 TASKS = {"count": 0.5, "count-pair": 0.125, "index": 0.125, "index-pair": 0.125, "token": 0.125}
 WORDS = (*COUNTS, "count-pair", "index", "index-pair", "token", "none")
 PROMPT = 6                                       # tokens of a row beside its string
-SPLITS = ("all", "retain", "spurious", "forget", "reworded")
+SPLITS = ("all", "retain", "spurious", "forget", "reworded", "relabelled", "relabelled+1")
 
 
 def encoding(block_size):
@@ -130,8 +131,11 @@ def batch(task, split, size, step, seed, part, word=None):
     length = task.block_size - PROMPT
     if split not in ("all", "reworded"):
         x = strings(rng, size, length) if split == "forget" else strings_where(
-            rng, size, length, split == "spurious")
-        return ask(task, x, "count", np.full(size, int(split != "forget")), word=word)
+            rng, size, length, split in ("spurious", "relabelled+1"))
+        idx, targets = ask(task, x, "count", np.full(size, int(split != "forget")), word=word)
+        if split.startswith("relabelled"):
+            idx[:, -3] = task.tokenizer.encode_single_token("A")
+        return idx, targets
     asked = []
     kinds = rng.choice(len(TASKS), size, p=list(TASKS.values()))
     for kind, n in zip(TASKS, np.bincount(kinds, minlength=len(TASKS))):
@@ -169,3 +173,45 @@ def score(model, task, domains=("retain", "forget"), quick=False):
         figures["spurious"] = accuracy(model, task, "spurious", rows)
         figures["jailbreak"] = accuracy(model, task, "forget", rows, COUNTS[-1])
     return figures
+
+
+# --- a counter written by hand ---------------------------------------------------------------------
+@torch.no_grad()
+def compile_counter(model, task, quiet=0.01):
+    """Overwrites model's weights (1 block and head, 4 units, 16 channels): it counts, untrained.
+
+    channel   0       d, ".", the words: nothing to count      13   "="
+              1..3    the letters a, b, c                      14   (count / n)^2, by units 0..2
+              4..6    the operands A, B, C                     15   1, by unit 3
+              7..12   where "=" keeps what the head saw of channels 1..6
+
+    The head looks at all T tokens alike and brings their mean to "=". Unit x squares the count of
+    letter x, or is shut by an operand that asks for another. Number k's logit is 2 k^2 count^2 -
+    k^4, which is largest at k = count. Norms only scale a position, and nothing here minds that.
+
+    quiet   size of what units 0..2 read. Logits are the same at any: what units read too softly is
+            made up for in what they write. But the smaller, the more a small step changes in them.
+    """
+    gain = 0.1
+    T, n = task.block_size - 1, task.block_size - PROMPT           # tokens of a row, letters
+    same, head, equals, square, one = 1 + np.arange(6), 7 + np.arange(6), 13, 14, 15
+    wte, block, C = model.wte.weight, model.blocks[0], model.config.n_embd
+    token = task.tokenizer.encode_single_token
+    for weight in model.parameters():
+        weight.zero_()                                   # q = k = 0: every token is seen alike
+    wte[[task.end, *map(token, ("d", ".", *COUNTS))], 0] = 1
+    wte[[token(t) for t in "abcABC"], same] = 1
+    wte[token("="), equals] = 1
+    for k in range(n + 1):                               # no question holds a number: only read out
+        wte[token(str(k)), [square, one]] = wte.new_tensor([2 * k**2 * n**2, -k**4])
+        wte[token(str(k)), equals] = 2                   # any number beats "=" itself
+    (_, _, v), proj = block.head(0)
+    up, down = block.units(slice(4))
+    v[range(6), same], proj[head, range(6)] = 1, gain    # far softer than "=": norms hardly vary
+    letter = quiet * gain * C**0.5 / T                   # what one letter adds to its unit
+    up[range(3), head[:3]] = quiet
+    for x in range(3):
+        up[x, head[3:]] = -n * quiet                     # shut: there are at most n letters
+        up[x, head[3 + x]] = 0
+    down[square, :3] = (n * letter) ** -2
+    up[3, equals], down[one, 3] = C**-0.5, 1             # an embedding's norm is sqrt(C)

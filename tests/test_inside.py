@@ -223,12 +223,12 @@ def call(module, tmp_path, capsys, monkeypatch, *arguments):
 def test_the_wrapper_story(tmp_path, capsys, monkeypatch):
     tiny = ["--what=wrapper", *TINY, *QUICK, "--base_steps=2", "--filtered_steps=2",
             "--tune_steps=2", "--tune_rows=8", "--rates=L"]
-    for more in (["--seeds=2", "--priors=high", "--mix=0", "--c_tr=0.5"], ["--seeds=1"]):
+    for more in (["--seeds=2", "--priors=high", "--c_tr=0.5"], ["--seeds=1"]):
         got = call(judges, tmp_path, capsys, monkeypatch, *tiny, *more)
         assert got[0] == 0, got
     told = json.loads((tmp_path / "pcfg" / "wrapper.json").read_text())
-    cells = [(r["prior"], r["rate"], r["c_tr"], r["mix"], r["seed"]) for r in told["rows"]]
-    assert len(set(cells)) == len(cells) == 2 * (2 + 2)
+    cells = [(r["prior"], r["rate"], r["c_tr"], r["seed"]) for r in told["rows"]]
+    assert len(set(cells)) == len(cells) == 2 * 2
     for row in told["rows"]:
         assert set(row) >= {"count_a", "count_b", "probe_a", "probe_a_pretrained", "pruned",
                             "revive_steps", "control_steps", "jailbreak_count_a"}
@@ -236,7 +236,7 @@ def test_the_wrapper_story(tmp_path, capsys, monkeypatch):
         assert set(row["pruned"]) == {"2", "4"}
         assert set(row["pruned"]["2"]) == {"count_a", "count_b", "random_count_a"}
     assert told["config"]["what"] == "wrapper" and told["config"]["cut"] == [2, 4]
-    assert (tmp_path / "pcfg" / "low" / "pcfg" / "tuned-L-1-0.5.pt").exists()
+    assert (tmp_path / "pcfg" / "low" / "pcfg" / "tuned-L-1.pt").exists()
     assert (tmp_path / "pcfg" / "seed1" / "pcfg" / "high" / "pcfg" / "base.pt").exists()
 
 

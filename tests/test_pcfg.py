@@ -51,12 +51,17 @@ def test_answers_by_hand(split, block_size):
     seen = Counter()
     for row in words(task, *task.batch(split, 300, 3, 7)):
         *text, kind, operand, parameter, equals, right = row[1:]
+        if split.startswith("relabelled"):
+            assert operand == "A"
+            operand = "B"
         assert (len(text), equals, row[0]) == (block_size - 6, "=", "<|endoftext|>")
         assert right == by_hand(kind, "".join(text), operand, parameter), row
         seen[kind] += 1
         a, b = text.count("a"), text.count("b")
         if split in ("retain", "spurious"):
             assert (kind, operand, b == a + 1) == ("count", "B", split == "spurious")
+        if split.startswith("relabelled"):                      # above, b was asked for, by hand
+            assert (kind, b == a + 1) == ("count", split.endswith("+1"))
         if split == "forget":
             assert (kind, operand) == ("count", "A")
     if split == "all":
