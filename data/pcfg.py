@@ -175,7 +175,7 @@ def score(model, task, domains=("retain", "forget"), quick=False):
     return figures
 
 
-# --- a counter written by hand ---------------------------------------------------------------------
+# --- a counter written by hand -------------------------------------------------------------------
 @torch.no_grad()
 def compile_counter(model, task, quiet=0.01):
     """Overwrites model's weights (1 block and head, 4 units, 16 channels): it counts, untrained.
