@@ -34,7 +34,7 @@ SETTINGS = {"instruct": dict(
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=700,
                filtered_steps=750, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    examine=dict(probe_rows=64, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=300,
+    examine=dict(probe_rows=64, cut=[5, 10, 20, 40, 76], revive_lr=3e-4, revive_steps=400,
                  check_every=5),
     maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
     graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
