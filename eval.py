@@ -231,7 +231,7 @@ def answers(model, task, cfg, part, seed):
             targets.flatten())
 
 
-def probe(model, task, cfg, decay=1e-3):
+def probe(model, task, cfg, decay=1e-5):
     """A linear probe of each block's residual for the token that comes next in cfg.domain's rows:
     multinomial logistic regression with weight decay (Jain et al. 2023, section 5).
 
@@ -568,7 +568,7 @@ HEADERS = {"c_tr": "C_tr", "was": "before", "revive_steps": "revived in",
 def summary(rows, cfg):
     """One dict a cell, ready for the table: mean over seeds, +- standard deviation."""
     labels = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
-    K, told = cfg.cut[len(cfg.cut) // 2], bool(rows[0]["prior"])
+    K, told = cfg.cut[(len(cfg.cut) - 1) // 2], bool(rows[0]["prior"])
     a, b = ("count a", "count b") if told else ("forget", "retain")
     figures = {a: lambda r: r["forget"], b: lambda r: r["retain"],
                "C_te 1": lambda r: r.get("spurious"),

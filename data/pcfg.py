@@ -30,9 +30,9 @@ SETTINGS = {"pcfg": dict(
     train=dict(n_layer=3, n_head=4, n_embd=64, batch_size=64, steps=800,
                filtered_steps=600, lr=2e-3, muon_lr=0.02),
     attack=dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40], attack_rows=64),
-    examine=dict(probe_rows=1500, cut=[5, 10, 20, 38], revive_lr=3e-4, revive_steps=400,
+    examine=dict(probe_rows=3000, cut=[5, 10, 20, 38], revive_lr=3e-4, revive_steps=400,
                  check_every=5),
-    wrapper=dict(rates=["L", "M", "S"], tune_steps=100, tune_rows=64),
+    wrapper=dict(rates=["L", "M", "S"], tune_steps=200, tune_rows=64),
     rates={"L": 1e-3, "M": 3e-4, "S": 1e-4},                             # of fine-tuning
     maxent=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=1.0),
     graddiff=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=3.0),
