@@ -48,7 +48,7 @@ SETTINGS = {"instruct": dict(
 KNOBS = {"source": None,     # a path or URL; None: TinyStories from its public home
          "stories": 100_000}     # the most to take from a source
 EXTRA = ("randomised", "mixed")
-PROTOCOLS = {"filtering": "retain", "randomised": "randomised", "mix and match": "mixed"}
+PROTOCOLS = {"filtering": "retain", "randomised": "randomised", "mix-and-match": "mixed"}
 higher_is_better = True      # the score is a share of stories that have what was asked for
 
 FEWEST = 100                 # stories: with fewer, none to judge by might be left in a domain
