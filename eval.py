@@ -474,6 +474,10 @@ def name_of(cell, first="tuned"):
     return "-".join([first, *(v if isinstance(v, str) else f"{v:g}" for v in cell.values())])
 
 
+def label(cell):
+    return cell.get("protocol") or f"{cell['rate']}, C_tr {cell['c_tr']:g}"
+
+
 def tuned(name, shares, lr, cfg, task, base):
     """(model, record) of base fine-tuned, from disk or made."""
     made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
@@ -534,8 +538,8 @@ def wrapper(cfg, task):
                                "control_steps": controls[own.seed][0]})
                 if prior:
                     rows[-1]["words"] = jailbroken(cell, lr, here, task, base)
-            pictured = pictured or {f"pretrained, {prior} prior": base[0],
-                                    f"after {name_of(cell)}": model}
+            pictured = pictured or {f"pretrained ({prior} prior)": base[0],
+                                    f"fine-tuned to count b ({label(cell)})": model}
     told = summary(rows, cfg)
     table(told, {k: HEADERS.get(k, k) for k in told[0]})
     write_rows("wrapper", cfg, task, [
@@ -543,9 +547,10 @@ def wrapper(cfg, task):
     with figure("wrapper", cfg, 3) as axes:
         if axes is not None:
             draw_wrapper(axes, rows, controls[cfg.seed][1], cfg, task)
-    with figure("wrapper-attention", cfg, 2) as axes:
-        if axes is not None:
-            show_attention(axes, task, pictured)
+    if task.name == "pcfg":
+        with figure("wrapper-attention", cfg, 2) as axes:
+            if axes is not None:
+                show_attention(axes, task, pictured)
 
 
 def in_the_papers_words(row):
@@ -592,9 +597,6 @@ def summary(rows, cfg):
 def draw_wrapper(axes, rows, control, cfg, task):
     """Probes, pruning and revival of one prior's cells, the first; the first seed's curves."""
     shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
-
-    def label(row):
-        return row.get("protocol") or f"{row['rate']}, C_tr {row['c_tr']:g}"
 
     def mean(found):
         return [sum(each) / len(each) for each in zip(*found)]

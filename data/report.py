@@ -63,7 +63,8 @@ def figure(script, cfg, panels):
     from matplotlib import pyplot
     # Okabe and Ito's palette, told apart by colour-blind readers
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-    with pyplot.rc_context({"axes.prop_cycle": matplotlib.cycler(color=colours), "font.size": 11,
+    cycle = matplotlib.cycler(linestyle=["-", "-."]) * matplotlib.cycler(color=colours)
+    with pyplot.rc_context({"axes.prop_cycle": cycle, "font.size": 11,
                             "axes.spines.top": False, "axes.spines.right": False,
                             "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}):
         drawing, axes = pyplot.subplots(1, panels, figsize=(6.5 * panels, 4.8), squeeze=False,
@@ -91,6 +92,10 @@ def measure(task):
     return "accuracy" if task.higher_is_better else "loss (nats per token)"
 
 
+def scale(task):
+    return "linear" if task.higher_is_better else "log"
+
+
 def draw_probes(ax, probes, chance):
     """probes: {name: [accuracy by block]}."""
     for name, found in probes.items():
@@ -106,10 +111,10 @@ def draw_pruning(ax, task, pruned, domain):
     for name, found in pruned.items():
         line, = ax.plot(list(found), [at[domain] for at in found.values()], marker="o",
                         markersize=4, label=name)
-        ax.plot(list(found), [at[f"random_{domain}"] for at in found.values()], ":",
+        ax.plot(list(found), [at[f"random_{domain}"] for at in found.values()], linestyle=":",
                 color=line.get_color())
     ax.set(xlabel="MLP neurons cut out (dotted: at random)", ylabel=f"{domain} {measure(task)}",
-           title="Does cutting neurons bring it back?")
+           title="Does cutting neurons bring it back?", yscale=scale(task))
     ax.legend(fontsize=9)
 
 
@@ -119,7 +124,7 @@ def draw_revival(ax, task, curves, domain):
         style = dict(color="black", linestyle="--") if name.startswith("control") else {}
         ax.plot(list(points), list(points.values()), label=name, **style)
     ax.set(xlabel="steps of reverse fine-tuning", ylabel=f"{domain} {measure(task)}",
-           title="How soon is it back?")
+           title="How soon is it back?", yscale=scale(task))
     ax.legend(fontsize=9)
 
 
@@ -129,4 +134,5 @@ def draw_attention(ax, heads, names, tokens, title):
     ax.set(xticks=range(len(tokens)), xticklabels=tokens, yticks=range(len(names)),
            yticklabels=names, xlabel="tokens of a question", ylabel="block.head", title=title)
     ax.tick_params(labelsize=9)
+    ax.tick_params(axis="x", rotation=90)
     ax.grid(False)

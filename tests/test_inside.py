@@ -240,6 +240,40 @@ def test_the_wrapper_story(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "pcfg" / "seed1" / "pcfg" / "high" / "pcfg" / "base.pt").exists()
 
 
+def test_the_compiled_story(tmp_path, capsys, monkeypatch):
+    """The wrapper is one weight: what "=" says to the unit that counts a. At zero, as it was
+    compiled, the counter counts again."""
+    monkeypatch.setattr(judges, "prune_each", lambda model, before, right, all_=judges.prune_each:
+                        all_(model, untouched_but(model, before), right))
+    got = call(judges, tmp_path, capsys, monkeypatch, "--what=compiled", "--seeds=1")
+    assert got[0] == 0, got
+    row, = json.loads((tmp_path / "pcfg" / "compiled.json").read_text())["rows"]
+    assert row["compiled"] == row["plus one"] == row["pruned"] == 1 and row["wrapped"] < 0.01
+    assert row["weight"] == "blocks.0.mlp.up.weight[0, 13]" and 1 <= row["revive_steps"] <= 10
+
+
+def untouched_but(model, before):
+    """before, but like the model wherever it is not the MLP: of thousands of weights 64 are left
+    to try."""
+    like = before.clone()
+    with torch.no_grad():
+        for (name, p), now in zip(like.named_parameters(), model.parameters()):
+            if "mlp.up" not in name:
+                p.copy_(now)
+    return like
+
+
+def test_pruning_one_weight_at_a_time_by_brute_force(pcfg, lively):
+    changed = lively.clone()
+    with torch.no_grad():
+        changed.blocks[0].mlp.up.weight[3, 5] += 1
+        changed.wte.weight[7, 2] -= 1
+    weights = {k: v.clone() for k, v in changed.state_dict().items()}
+    found = judges.prune_each(changed, lively, lambda m: float(m.wte.weight[7, 2] == 0))
+    assert found == [(1.0, "wte.weight", 7, 2), (0.0, "blocks.0.mlp.up.weight", 3, 5)]
+    assert all(torch.equal(v, weights[k]) for k, v in changed.state_dict().items())
+
+
 @pytest.fixture
 def trained(tmp_path, capsys, monkeypatch):
     """An arithmetic-sized pcfg with base, filtered and a fine-tuned model."""

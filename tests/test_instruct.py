@@ -1,8 +1,10 @@
 """Stories to order: what is planted against a look for every sentence, who is told which story."""
 import copy
+import json
 import math
 import random
 import re
+import sys
 from itertools import product
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 import data
+import eval as judges
+import train
 from data import BadInput, instruct
 from data.tokenizer import END
 from model import GPT, GPTConfig
@@ -40,8 +44,13 @@ def texts(source, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def task(source, tmp_path_factory):
-    return data.load("instruct", folder=tmp_path_factory.mktemp("data"), source=source)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def task(source, folder):
+    return data.load("instruct", folder=folder, source=source)
 
 
 def has(feature, text):
@@ -228,3 +237,19 @@ def test_bad_input_is_one_line(told, knobs, message, tmp_path):
         data.load("instruct", folder=tmp_path / "data", source=path, **knobs)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list((tmp_path / "data").glob("*"))
+
+
+def test_the_story_of_three_protocols(task, source, folder, tmp_path, monkeypatch):
+    """All of eval.py's, told with models that know nothing."""
+    monkeypatch.setattr(sys, "argv", [
+        "eval.py", "--what=wrapper", "--task=instruct", f"--source={source}", f"--out={tmp_path}",
+        f"--data_dir={folder}", "--device=cpu", "--compile=false", "--seeds=1", "--n_layer=1",
+        "--n_embd=16", "--n_head=2", "--base_steps=2", "--filtered_steps=2", "--tune_steps=2",
+        "--revive_steps=2", "--cut=2", "--draws=1", "--probe_rows=4"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.run(judges.main, judges.Config, "")
+    rows = json.loads((tmp_path / "instruct" / "wrapper.json").read_text())["rows"]
+    assert [row["protocol"] for row in rows] == list(instruct.PROTOCOLS)
+    for row in rows:
+        assert set(row) >= {"forget", "retain", "probe", "probe_pretrained", "pruned", "unasked",
+                            "revive_steps", "control_steps"}

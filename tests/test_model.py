@@ -140,6 +140,25 @@ def test_loss_is_cross_entropy():
     assert torch.equal(gpt(idx, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
+def test_loss_of_the_last_tokens():
+    """Where targets are fewer than tokens they are those of the end, and nothing else counts."""
+    gpt, teacher, idx = lively(), lively(seed=1), tokens(3, 9)
+    targets = tokens(3, 2, seed=1)
+    logits = gpt(idx)[:, -2:]
+    assert torch.equal(gpt(idx, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    p, q = (m(idx)[:, -2:].double().log_softmax(-1) for m in (teacher, gpt))
+    by_hand = (p.exp() * (p - q)).sum(-1).mean()
+    assert unlearn.imitate(gpt, teacher, idx, 2).item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_clones_are_equal_and_apart():
+    gpt = lively().double()
+    copy, idx = gpt.clone(), tokens(2, 9)
+    assert copy.wte.weight.dtype == torch.float64 and torch.equal(copy(idx), gpt(idx))
+    copy.blocks[0].mlp.up.weight.data.zero_()
+    assert not torch.equal(copy(idx), gpt(idx))
+
+
 class Widest(TorchDispatchMode):
     """Notes the most elements of a tensor, made inside it, whose rows are as long as a vocabulary.
     """

@@ -1,6 +1,5 @@
 """Questions about strings: every answer counted again on the text, the grammar by enumeration."""
 import itertools
-import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -8,11 +7,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import data
+import eval as judges
+import train
 from data import pcfg
 from data.knobs import BadInput
+from model import GPT, GPTConfig, write_model
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,42 @@ def test_scores_count_what_a_model_answers(low):
     assert abs(scores["forget"] - same) < 0.05 and abs(scores["jailbreak"] - same) < 0.05
 
 
+# --- the counter written by hand -----------------------------------------------------------------
+@pytest.fixture(scope="module")
+def counter(low):
+    gpt = GPT(GPTConfig(low.vocab_size, low.block_size, n_layer=1, n_head=1, n_embd=16, n_units=4))
+    pcfg.compile_counter(gpt, low)
+    return gpt
+
+
+@pytest.mark.parametrize("word", pcfg.COUNTS)
+def test_the_counter_counts(low, counter, word):
+    """Every operand, exactly, on strings of the grammar."""
+    x = pcfg.strings(np.random.default_rng(1), 600, 16)
+    for operand, letter in enumerate("abc"):
+        idx, right = pcfg.ask(low, x, "count", np.full(600, operand), word=word)
+        said = low.tokenizer.decode_batch(counter(idx)[:, -1].argmax(-1)[:, None].tolist())
+        assert said == [str(row.count(operand)) for row in x.tolist()], letter
+
+
+def test_the_counter_counts_to_the_ends(low, counter):
+    """Strings that the grammar never writes: all of one letter, or with none of it."""
+    for text, counts in (("a" * 16, (16, 0, 0)), ("d" * 16, (0, 0, 0)), ("ab" * 8, (8, 8, 0)),
+                         ("c" * 15 + "a", (1, 0, 15))):
+        x = np.array([["abcd".index(letter) for letter in text]], np.uint8)
+        for operand, count in enumerate(counts):
+            idx, _ = pcfg.ask(low, x, "count", np.array([operand]))
+            assert low.tokenizer.decode(counter(idx)[0, -1:].argmax(-1).tolist()) == str(count)
+
+
+def test_the_counters_function_does_not_depend_on_how_quiet_it_is(low, counter):
+    loud = counter.clone()
+    pcfg.compile_counter(loud, low, quiet=1.0)
+    idx = low.batch("forget", 100, 0, 0)[0]
+    assert not torch.equal(loud.blocks[0].mlp.up.weight, counter.blocks[0].mlp.up.weight)
+    torch.testing.assert_close(loud(idx)[:, -1], counter(idx)[:, -1], rtol=1e-4, atol=1e-2)
+
+
 def test_another_prior_is_other_data(low, high):
     assert low.data_id != high.data_id
     assert data.load("pcfg", prior="low").data_id == low.data_id
@@ -160,13 +197,12 @@ def test_a_prior_for_another_task():
         data.load("language", prior="low")
 
 
-def test_sample_answers_a_question(tmp_path):
-    def script(*args):
-        return subprocess.run([sys.executable, str(ROOT / args[0]), "--task=pcfg", "--device=cpu",
-                               f"--out={tmp_path}", *args[1:]], capture_output=True, text=True)
-
-    made = script("train.py", "--name=base", "--steps=2", "--n_layer=1", "--n_embd=16")
-    assert made.returncode == 0, made.stderr[-2000:]
-    question = "a b d c a a b b c d a d c b a a count A . ="
-    said = script("eval.py", "--what=sample", f"--prompt={question}")
-    assert said.returncode == 0 and said.stdout.startswith(question), said.stderr[-2000:]
+def test_sample_answers_a_question(low, counter, tmp_path, monkeypatch, capsys):
+    path, question = tmp_path / "counter.pt", "a b d c a a b b c d a d c b a a count A . ="
+    write_model(path, counter, {"task": "pcfg", "data": data.load("pcfg").data_id},
+                {"steps": 0, "flops": 0, "history": []})
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--what=sample", "--task=pcfg", "--tokens=1",
+                                      f"--model={path}", f"--prompt={question}", "--device=cpu",
+                                      f"--out={tmp_path}"])
+    train.run(judges.main, judges.Config, "")
+    assert capsys.readouterr().out == f"{question}6\n"

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import train
 import unlearn
 from data import BadInput, language
 from data import digits as handwritten
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, read_model
 from route import Config, Hold, ablate, calibrated, forget_part, silence
 from train import fit
 
@@ -426,6 +427,11 @@ def test_language(made):
         assert rows[method]["forget_before"] == rows[method]["forget"]
     for method in ("era", "sgtm", "demix"):
         assert rows[method]["forget_before"] != rows[method]["forget"]
+        left, _ = read_model(path / f"out/language/route-{method}-50-ablated.pt")
+        whole, _ = read_model(path / f"out/language/route-{method}-50.pt")
+        part = route.part_of(method, SimpleNamespace(**saved["config"]))
+        for views in zip(forget_part(left, *part), forget_part(whole, *part)):
+            assert (views[0] == 0).all() and (views[1] != 0).any() or not views[1].numel()
     assert all(method in out for method in route.METHODS)
     if importlib.util.find_spec("matplotlib"):
         assert (path / "out/language/route-language.png").read_bytes()[:4] == b"\x89PNG"
