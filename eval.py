@@ -327,10 +327,10 @@ def examine(model, task, cfg, goal, name):
 # --- the judges ----------------------------------------------------------------------------------
 def judge_score(cfg, task, model):
     with autocast(cfg):
-        figures = task.score(model)
-    table([{"figure": k, "value": v} for k, v in figures.items()],
+        found = task.score(model)
+    table([{"figure": k, "value": v} for k, v in found.items()],
           {"figure": cfg.model, "value": ""})
-    write_rows("score", cfg, task, [{"model": cfg.model} | figures])
+    write_rows("score", cfg, task, [{"model": cfg.model} | found])
 
 
 def judge_relearn(cfg, task, model):
@@ -431,19 +431,17 @@ def cross_examine(cfg, task):
     goal, rows = scored(models[cfg.reference], task, cfg)[cfg.domain], []
     for name, model in models.items():
         rows.append({"model": Path(name).stem} | examine(model, task, cfg, goal, Path(name).stem))
-    most = rows[1]["revive_steps"] or cfg.revive_steps
-    K = cfg.cut[-1]
+    most, K = rows[1]["revive_steps"] or cfg.revive_steps, cfg.cut[-1]
     for row in rows:
         share = (row["revive_steps"] or cfg.revive_steps) / most
         row["verdict"] = "has it" if row["revive_steps"] == 0 else next(
             word for limit, word in VERDICTS if share < limit)
-        row |= {"probe_last": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
-                "chance_cut": row["pruned"][K][f"random_{cfg.domain}"],
-                "steps": row["revive_steps"] if row["revive_steps"] is not None else
-                f"> {cfg.revive_steps}"}
-    table(rows, {"model": "model", "retain": "retain", "forget": "forget", "probe_last": "probe",
-                 "cut": f"{K} cut", "chance_cut": "at random", "steps": "revived in",
-                 "verdict": "verdict"})
+    table([row | {"probe": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
+                  "random": row["pruned"][K][f"random_{cfg.domain}"],
+                  "steps": f"> {cfg.revive_steps}" if row["revive_steps"] is None else
+                  row["revive_steps"]} for row in rows],
+          {"model": "model", "retain": "retain", "forget": "forget", "probe": "probe",
+           "cut": f"{K} cut", "random": "at random", "steps": "revived in", "verdict": "verdict"})
     write_rows("examine", cfg, task, rows)
     with figure("examine", cfg, 3) as axes:
         if axes is not None:
@@ -462,7 +460,10 @@ def cells(cfg, task):
 
     pcfg: to count b, by rate and C_tr. instruct: its three protocols.
     """
-    rates = {rate: task.settings["rates"][rate] for rate in cfg.rates}
+    rates = {rate: lr for rate, lr in task.settings["rates"].items() if rate in cfg.rates}
+    if len(rates) < len(cfg.rates):
+        raise BadInput(f"--rates={','.join(cfg.rates)}: the task {task.name} names "
+                       f"{', '.join(task.settings['rates'])}")
     if task.name == "instruct":
         return [({"protocol": name, "rate": rate}, {split: 1}, lr) for rate, lr in rates.items()
                 for name, split in task.module.PROTOCOLS.items()]
@@ -575,20 +576,22 @@ def summary(rows, cfg):
     labels = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
     K, told = cfg.cut[(len(cfg.cut) - 1) // 2], bool(rows[0]["prior"])
     a, b = ("count a", "count b") if told else ("forget", "retain")
-    figures = {a: lambda r: r["forget"], b: lambda r: r["retain"],
+    columns = {a: lambda r: r["forget"], b: lambda r: r["retain"],
                "C_te 1": lambda r: r.get("spurious"),
                "probe": lambda r: r["probe"][-1], "was": lambda r: r["probe_pretrained"][-1],
                f"{K} cut": lambda r: r["pruned"][K]["forget"],
                "at random": lambda r: r["pruned"][K]["random_forget"]}
     if told:
-        figures |= {"by this word": lambda r: r["words"]["count_a"],
+        columns |= {"by this word": lambda r: r["words"]["count_a"],
                     "by another": lambda r: r["words"]["jailbreak_count_a"]}
     lines = []
     for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in rows):
         same = [row for row in rows if tuple(row[k] for k in labels) == cell]
         line = dict(zip(labels, map(str, cell))) | {
-            k: mean_sd([f(row) for row in same], 2) for k, f in figures.items()}
-        line |= {k: mean_sd([row[k] for row in same], 0) for k in ("revive_steps", "control_steps")}
+            k: mean_sd([f(row) for row in same], 2) for k, f in columns.items()}
+        for k in ("revive_steps", "control_steps"):
+            steps = [row[k] for row in same]
+            line[k] = f"> {cfg.revive_steps}" if None in steps else mean_sd(steps, 0)
         lines.append(line)
     return [{k: line[k] for k in line if any(each[k] is not None for each in lines)}
             for line in lines]
