@@ -225,10 +225,12 @@ def answers(model, task, cfg, part, seed):
     """([(N, C)], (N,)): each block's residual where a target is to come, normalised as the model's
     own readout sees it, and the targets."""
     idx, targets = task.batch(cfg.domain, cfg.probe_rows, 0, seed, part)
-    with autocast(cfg):
-        stream = model.residuals(idx)[1:]
-    return ([norm(x[:, -targets.size(1):].float()).flatten(0, 1) for x in stream],
-            targets.flatten())
+    seen = []
+    for some in idx.split(250):
+        with autocast(cfg):
+            stream = model.residuals(some)[1:]
+        seen.append([norm(x[:, -targets.size(1):].float()).flatten(0, 1) for x in stream])
+    return [torch.cat(parts) for parts in zip(*seen)], targets.flatten()
 
 
 def probe(model, task, cfg, decay=1e-5):
