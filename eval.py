@@ -576,7 +576,7 @@ HEADERS = {"c_tr": "C_tr", "was": "before", "revive_steps": "revived in",
 def summary(rows, cfg):
     """One dict a cell, ready for the table: mean over seeds, +- standard deviation."""
     labels = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
-    K, told = cfg.cut[(len(cfg.cut) - 1) // 2], bool(rows[0]["prior"])
+    K, told = cfg.cut[-1], bool(rows[0]["prior"])
     a, b = ("count a", "count b") if told else ("forget", "retain")
     columns = {a: lambda r: r["forget"], b: lambda r: r["retain"],
                "C_te 1": lambda r: r.get("spurious"),

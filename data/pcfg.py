@@ -38,7 +38,7 @@ SETTINGS = {"pcfg": dict(
     graddiff=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=3.0),
     rmu=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
     oracle=dict(steps=100, lr=1e-3, batch_size=64),
-    finetune=dict(steps=100, lr=3e-4, batch_size=128),
+    finetune=dict(steps=200, lr=3e-4, batch_size=128),
     undo=dict(method="maxent", alphas=[0.3, 0.6], steps=600, batch_size=64, lr=2e-3, muon_lr=0.02,
               check_every=10))}
 PRIORS = {"low": (0.999, 0.001, 0.0), "medium": (0.9, 0.1, 0.0), "high": (0.5, 0.3, 0.2)}
