@@ -532,13 +532,14 @@ def wrapper(cfg, task):
             goal = scored(base[0], task, here)["forget"]
             if own.seed not in controls:
                 control, _ = pretrain("filtered", pretraining, task)
-                controls[own.seed] = revive(control, task, here, goal, "control")
+                steps, curve = revive(control, task, here, goal, "control")
+                controls[own.seed] = {"control_steps": steps, "control_curve": curve}
             before, chance = probe(base[0], task, here)
             for cell, lr, model in models:
                 rows.append({"prior": prior} | cell | {"seed": own.seed}
                             | examine(model, task, here, goal, name_of(cell))
-                            | {"chance": chance, "probe_pretrained": before,
-                               "control_steps": controls[own.seed][0]})
+                            | {"chance": chance, "probe_pretrained": before}
+                            | controls[own.seed])
                 if prior:
                     rows[-1]["words"] = jailbroken(cell, lr, here, task, base)
             pictured = pictured or {f"pretrained ({prior} prior)": base[0],
@@ -549,7 +550,7 @@ def wrapper(cfg, task):
         in_the_papers_words(row) if prior else row for row in rows])
     with figure("wrapper", cfg, 3) as axes:
         if axes is not None:
-            draw_wrapper(axes, rows, controls[cfg.seed][1], cfg, task)
+            draw_wrapper(axes, rows, task)
     if task.name == "pcfg":
         with figure("wrapper-attention", cfg, 2) as axes:
             if axes is not None:
@@ -599,8 +600,8 @@ def summary(rows, cfg):
             for line in lines]
 
 
-def draw_wrapper(axes, rows, control, cfg, task):
-    """Probes, pruning and revival of one prior's cells, the first; the first seed's curves."""
+def draw_wrapper(axes, rows, task):
+    """Of the first prior's cells: probes and pruning, mean over seeds; the first seed's revival."""
     shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
 
     def mean(found):
@@ -608,13 +609,13 @@ def draw_wrapper(axes, rows, control, cfg, task):
 
     names, first = list(dict.fromkeys(map(label, shown))), shown[0]
     same = {name: [row for row in shown if label(row) == name] for name in names}
-    draw_probes(axes[0], {"pretrained": mean(row["probe_pretrained"] for row in shown)} | {
-        name: mean(row["probe"] for row in each) for name, each in same.items()}, first["chance"])
+    draw_probes(axes[0], {name: mean(row["probe"] for row in each) for name, each in same.items()}
+                | {"pretrained": mean(row["probe_pretrained"] for row in shown)}, first["chance"])
     draw_pruning(axes[1], task, {name: {
         K: {k: sum(row["pruned"][K][k] for row in each) / len(each) for k in at}
         for K, at in first["pruned"].items()} for name, each in same.items()}, "forget")
     draw_revival(axes[2], task, {name: each[0]["curve"] for name, each in same.items()}
-                 | {"control (never had it)": control}, "forget")
+                 | {"control (never had it)": first["control_curve"]}, "forget")
 
 
 def show_attention(axes, task, models):

@@ -130,7 +130,7 @@ def draw_revival(ax, task, curves, domain):
 
 def draw_attention(ax, heads, names, tokens, title):
     """heads (how many, T): where the last of these tokens looks, one line a head."""
-    ax.imshow(heads, aspect="auto", cmap="Blues", vmin=0)
+    ax.imshow(heads, aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
     ax.set(xticks=range(len(tokens)), xticklabels=tokens, yticks=range(len(names)),
            yticklabels=names, xlabel="tokens of a question", ylabel="block.head", title=title)
     ax.tick_params(labelsize=9)
