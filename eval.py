@@ -432,7 +432,8 @@ def cross_examine(cfg, task):
     models = {name: known(name, cfg, task) for name in names}       # all there, before we start
     goal, rows = scored(models[cfg.reference], task, cfg)[cfg.domain], []
     for name, model in models.items():
-        rows.append({"model": Path(name).stem} | examine(model, task, cfg, goal, Path(name).stem))
+        short = Path(name).name.removesuffix(".pt")
+        rows.append({"model": short} | examine(model, task, cfg, goal, short))
     most, K = rows[1]["revive_steps"] or cfg.revive_steps, cfg.cut[-1]
     for row in rows:
         share = (row["revive_steps"] or cfg.revive_steps) / most

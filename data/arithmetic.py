@@ -18,7 +18,7 @@ SETTINGS = {"arithmetic": dict(
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=1500,
                filtered_steps=1000, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    examine=dict(probe_rows=128, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=300,
+    examine=dict(probe_rows=128, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=800,
                  check_every=5),
     maxent=dict(steps=80, lr=5e-4, batch_size=32, retain_weight=50.0),
     graddiff=dict(steps=40, lr=5e-4, batch_size=32, retain_weight=50.0),

@@ -115,7 +115,9 @@ def draw_pruning(ax, task, pruned, domain):
                 color=line.get_color())
     ax.set(xlabel="MLP neurons cut out (dotted: at random)", ylabel=f"{domain} {measure(task)}",
            title="Does cutting neurons bring it back?", yscale=scale(task))
-    ax.legend(fontsize=9)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.35 * (high - low))                # room for the names
+    ax.legend(fontsize=9, ncols=2, loc="upper left")
 
 
 def draw_revival(ax, task, curves, domain):

@@ -299,6 +299,10 @@ def test_each_tool_on_any_model(trained, tmp_path, capsys, monkeypatch):
     assert rows["examine"][0]["revive_steps"] == 0 and rows["examine"][0]["verdict"] == "has it"
     for row in rows["examine"]:
         assert set(row) >= {"model", "probe", "pruned", "revive_steps"}
+    (trained / "undo-0.5.pt").write_bytes((trained / "finetune.pt").read_bytes())
+    got = call(judges, tmp_path, capsys, monkeypatch, "--task=pcfg", "--what=examine",
+               "--models=undo-0.5", *QUICK)
+    assert got[0] == 0 and "undo-0.5 " in got[1]                  # no suffix of a number is cut off
     for arguments in (["--what=revive", "--control=nobody"], ["--what=examine", "--models=nobody"]):
         status, _, error = call(judges, tmp_path, capsys, monkeypatch, "--task=pcfg", *arguments)
         assert status == 2 and "nobody.pt is missing" in error
