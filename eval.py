@@ -682,13 +682,21 @@ def compiled(cfg, task):
                      "steps": record["steps"], "wrapped": judge(wrapped)["count a"],
                      "plus one": judge(wrapped)["plus one"], "pruned": judge(pruned)["count a"],
                      "weight": f"{name}[{i}, {j}]", "second": shares[1][0],
+                     "best": [share for share, *_ in shares[:20]],
                      "mean": sum(share for share, *_ in shares) / len(shares),
                      "revive_steps": back["steps"]})
-    table(rows, {"seed": "seed", "compiled": "count a", "steps": "fine-tuned in",
-                 "wrapped": "count a", "plus one": "plus one", "pruned": "one weight pruned",
-                 "weight": "which", "second": "second best", "mean": "mean of all",
-                 "revive_steps": "revived in"})
+    table(rows, {"seed": "seed", "compiled": "compiled", "steps": "tuned in", "wrapped": "count a",
+                 "plus one": "and one", "pruned": "one weight cut", "weight": "which",
+                 "second": "next best", "mean": "mean", "revive_steps": "revived in"})
     write_rows("compiled", cfg, task, rows)
+    with figure("compiled", cfg, 1) as axes:
+        if axes is not None:
+            for row in rows:
+                axes[0].plot(range(1, 1 + len(row["best"])), row["best"], marker="o",
+                             label=f"seed {row['seed']}")
+            axes[0].set(xlabel="weights, the best to cut first", ylabel="accuracy, count a",
+                        title="Cut one weight of a counter that was taught to add one")
+            axes[0].legend()
 
 
 STORIES = {"examine": cross_examine, "wrapper": wrapper, "compiled": compiled}
