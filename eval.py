@@ -285,15 +285,17 @@ def without(model, scores, K):
     return copy
 
 
+def check_cut(cfg, neurons):
+    if max(cfg.cut) > neurons:
+        raise BadInput(f"--cut={max(cfg.cut)}: the model has {neurons} MLP neurons")
+
+
 def prune(model, task, cfg):
     """Cuts, at once, the K neurons that harm cfg.domain's loss most, for each K in cfg.cut.
 
     returns  {K: {"retain", "forget", "random_retain", "random_forget"}}: scores, and the mean of
              those after cutting K random neurons, cfg.draws times
     """
-    if max(cfg.cut) > model.config.n_layer * model.config.n_units:
-        raise BadInput(f"--cut={max(cfg.cut)}: the model has "
-                       f"{model.config.n_layer * model.config.n_units} MLP neurons")
     harm, found = saliency(model, task, cfg), {}
     generator = torch.Generator().manual_seed(cfg.seed)
     for K in cfg.cut:
@@ -381,6 +383,7 @@ def judge_probe(cfg, task, model):
 
 
 def judge_prune(cfg, task, model):
+    check_cut(cfg, model.config.n_layer * model.config.n_units)
     before, found = scored(model, task, cfg), prune(model, task, cfg)
     rows = [{"model": cfg.model, "neurons": 0} | before]
     rows += [{"model": cfg.model, "neurons": K} | at for K, at in found.items()]
@@ -430,6 +433,8 @@ def cross_examine(cfg, task):
                                  if not path.stem.endswith(".resume"))
     names = list(dict.fromkeys([cfg.reference, cfg.control, *names]))
     models = {name: known(name, cfg, task) for name in names}       # all there, before we start
+    check_cut(cfg, min(model.config.n_layer * model.config.n_units
+                       for model in models.values()))
     goal, rows = scored(models[cfg.reference], task, cfg)[cfg.domain], []
     for name, model in models.items():
         short = Path(name).name.removesuffix(".pt")
@@ -522,6 +527,8 @@ def wrapper(cfg, task):
     The control never had the capability: it learned the fine-tuning task alone. One control serves
     all priors, for it sees no operand but b.
     """
+    size = fill(cfg, task, "train")
+    check_cut(cfg, size.n_layer * 4 * size.n_embd)
     rows, controls, pictured = [], {}, None
     for own in seeds(cfg):
         for prior, here, task in worlds(own, task):
