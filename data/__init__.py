@@ -63,7 +63,7 @@ class Task:
         self.made_with, self.facts = meta["made_with"], meta["facts"]
         self.data_id = hashlib.sha256(json.dumps(meta["files"] or meta).encode()).hexdigest()[:12]
         self.shard = (0, 1)
-        self.generated = not meta["files"]
+        self.generated = folder is None
         self.tokenizer = (self.module.encoding(self.block_size) if self.generated else
                           tokenizer.load(folder / "tokenizer.json"))
         self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.n_vocab - 1

@@ -312,9 +312,12 @@ def test_every_task_suits_every_script(name):
               "train": (train.Config, ["n_layer", "n_head", "n_embd", "batch_size", "steps",
                                        "filtered_steps", "lr", "muon_lr"]),
               "undo": (undo.Config, ["alphas", "steps", "batch_size", "lr", "muon_lr",
-                                     "check_every"])} | {
+                                     "check_every"]),
+              "examine": (judges.Config, ["probe_rows", "cut", "revive_lr", "revive_steps",
+                                          "check_every"])} | {
         method: (unlearn.Config, ["steps", "lr", "batch_size"]) for method in unlearn.LOSSES}
-    assert {"block_size", "vocab_size"} <= set(settings)
+    on_disk = hasattr(data.module(name), "documents")          # else its words are given
+    assert {"block_size"} | ({"vocab_size"} if on_disk else set()) <= set(settings)
     for section, (config, knobs) in needed.items():
         own = settings[section]
         assert set(knobs) <= set(own), section
@@ -524,6 +527,6 @@ def test_config_in_the_rows_is_resolved(script, home, trained, undone):
     saved = {"train": lambda: trained.rows("train"), "unlearn": lambda: home.rows("unlearn"),
              "undo": lambda: undone.rows("undo", "tinystories")}[script]()
     shaping = {f.name for f in dataclasses.fields(SCRIPTS[script].Config)} - {
-        "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "compile", "layer",
-        "resume"}
+        "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "prior", "compile",
+        "layer", "resume"}
     assert not {k for k in shaping if saved["config"][k] is None}
