@@ -527,7 +527,7 @@ def wrapper(cfg, task):
     The control never had the capability: it learned the fine-tuning task alone. One control serves
     all priors, for it sees no operand but b.
     """
-    size = fill(cfg, task, "train")
+    size, plan = fill(cfg, task, "train"), cells(cfg, task)
     check_cut(cfg, size.n_layer * 4 * size.n_embd)
     rows, controls, pictured = [], {}, None
     for own in seeds(cfg):
@@ -536,7 +536,7 @@ def wrapper(cfg, task):
                                        filtered_steps=cfg.filtered_steps)
             base = pretrain("base", pretraining, task)
             models = [(cell, lr, tuned(name_of(cell), shares, lr, here, task, base)[0])
-                      for cell, shares, lr in cells(cfg, task)]
+                      for cell, shares, lr in plan]
             goal = scored(base[0], task, here)["forget"]
             if own.seed not in controls:
                 control, _ = pretrain("filtered", pretraining, task)

@@ -121,6 +121,17 @@ def oracle(model, forget, retain, reference, cfg):
 LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
 
 
+def rate(cfg, task):
+    """cfg.lr; a number where it is L, M or S, the rates of fine-tuning that a task may name."""
+    if cfg.lr not in RATES:
+        return cfg.lr
+    if cfg.lr not in task.settings.get("rates", ()):
+        raise BadInput(f"--lr={cfg.lr}: the task {task.name} names " + (
+            f"{', '.join(task.settings['rates'])} alone" if "rates" in task.settings else
+            "no rates, give a number"))
+    return task.settings["rates"][cfg.lr]
+
+
 def retain_shares(cfg, task):
     """{split: share} of the rows that a method is to retain: of retain alone, but for finetune
     (Jain et al. 2023, section 4: other data mixed in, a spurious rule in some of it)."""
@@ -159,10 +170,7 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
     cfg = fill(cfg, task, cfg.method)
     if cfg.layer and cfg.layer > base.config.n_layer:
         raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
-    if cfg.lr in RATES:
-        if cfg.lr not in task.settings.get("rates", ()):
-            raise BadInput(f"--lr={cfg.lr}: the task {task.name} names no rates, give a number")
-        cfg = dataclasses.replace(cfg, lr=task.settings["rates"][cfg.lr])
+    cfg = dataclasses.replace(cfg, lr=rate(cfg, task))
     reference = filtered if cfg.method == "oracle" else base
     half, shares = max(cfg.batch_size // 2, 1), retain_shares(cfg, task)
 
@@ -210,6 +218,9 @@ def resolved(cfg, task, method, prefix=""):
 def main(cfg):
     task = open_task(cfg)
     given = [resolved(cfg, task, m) for m in (LOSSES if cfg.method == "all" else [cfg.method])]
+    for own in given:                            # what is wrong is said before anything is made
+        rate(own, task)
+        retain_shares(own, task)
     base, filtered = foundations(given[0], task)
     models = {"base": (*base, {}), "filtered": (*filtered, {})}
     for own in given:

@@ -12,7 +12,6 @@ import data
 import eval as judges
 import train
 import unlearn
-from data.knobs import BadInput, command_line
 from model import GPT, GPTConfig
 
 CFG = judges.Config(task="pcfg", device="cpu", compile=False, probe_rows=300, cut=[1, 3],
@@ -321,16 +320,3 @@ def test_each_tool_on_any_model(trained, tmp_path, capsys, monkeypatch):
 def test_bad_knobs(arguments, said, tmp_path, capsys, monkeypatch):
     status, _, error = call(judges, tmp_path, capsys, monkeypatch, *arguments)
     assert status == 2 and said in error and len(error.strip().splitlines()) == 1, error
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["--task=language", "--lr=S"], "--lr=S: the task language names no rates, give a number"),
-    (["--task=language", "--c_tr=0.5"], "--c_tr=0.5 means nothing to the task language"),
-])
-def test_finetune_on_other_tasks(arguments, said):
-    cfg = command_line(unlearn.Config, "", ["--method=finetune", "--device=cpu", *arguments])
-    task = type("Task", (), {"name": "language", "settings": {"finetune": {
-        "steps": 1, "batch_size": 2, "lr": 1e-3}}})
-    model = GPT(GPTConfig(8, 8, 1, 1, 8))
-    with pytest.raises(BadInput, match=said):
-        unlearn.unlearn(cfg, task, model, {"made_with": {}})

@@ -253,3 +253,13 @@ def test_the_story_of_three_protocols(task, source, folder, tmp_path, monkeypatc
     for row in rows:
         assert set(row) >= {"forget", "retain", "probe", "probe_pretrained", "pruned", "unasked",
                             "revive_steps", "control_steps"}
+
+
+def test_a_rate_that_stories_do_not_name(task, source, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [
+        "eval.py", "--what=wrapper", "--task=instruct", f"--source={source}", f"--out={tmp_path}",
+        f"--data_dir={folder}", "--device=cpu", "--rates=M,S"])
+    with pytest.raises(SystemExit) as end:
+        train.run(judges.main, judges.Config, "")
+    assert end.value.code == 2 and not list(tmp_path.glob("**/*.pt"))
+    assert "--rates=M,S: the task instruct names M" in capsys.readouterr().err
