@@ -199,6 +199,16 @@ def test_mixtures_have_their_shares(pcfg):
     assert len(odd[0]) == 16
 
 
+def test_what_fine_tuning_retains(pcfg):
+    cfg = unlearn.Config(method="finetune", mix=0.25, c_tr=0.5)
+    assert unlearn.retain_shares(cfg, pcfg) == {"retain": 0.375, "spurious": 0.375, "all": 0.25}
+    assert unlearn.retain_shares(unlearn.Config(method="finetune"), pcfg) == {"retain": 1}
+    cfg = dataclasses.replace(cfg, method="maxent")                   # these knobs are finetune's
+    assert unlearn.retain_shares(cfg, pcfg) == {"retain": 1}
+    assert unlearn.rate(dataclasses.replace(cfg, lr="S"), pcfg) == pcfg.settings["rates"]["S"]
+    assert unlearn.rate(dataclasses.replace(cfg, lr=0.5), pcfg) == 0.5
+
+
 # --- the scripts ---------------------------------------------------------------------------------
 TINY = ["--device=cpu", "--compile=false", "--n_layer=1", "--n_embd=16", "--n_head=2"]
 QUICK = ["--cut=2,4", "--draws=1", "--probe_rows=40", "--revive_steps=4", "--check_every=2",
