@@ -126,11 +126,15 @@ def within(score, reference, share, task):
     return score <= (1 + share) * reference
 
 
+def foundation(name, cfg, task):
+    """(model, record) of base or filtered, from disk or made."""
+    return pretrain(name, train.Config(**common(cfg), steps=cfg.base_steps,
+                                       filtered_steps=cfg.filtered_steps), task)
+
+
 def foundations(cfg, task):
     """(base, filtered), each a (model, record), from disk or made."""
-    pretraining = train.Config(**common(cfg), steps=cfg.base_steps,
-                               filtered_steps=cfg.filtered_steps)
-    return pretrain("base", pretraining, task), pretrain("filtered", pretraining, task)
+    return foundation("base", cfg, task), foundation("filtered", cfg, task)
 
 
 # --- fine-tuning, as an attack and as a test -----------------------------------------------------
@@ -365,12 +369,17 @@ def judge_sample(cfg, task, model):
     print(cfg.prompt + text)
 
 
+def untrained(model, seed):
+    """A model of the same size that knows nothing."""
+    copy = model.clone()
+    copy.init_weights(seed)
+    return copy
+
+
 def judge_probe(cfg, task, model):
     """Beside the model, one of its size that was never trained: what the architecture gives."""
-    untrained = model.clone()
-    untrained.init_weights(cfg.seed)
     rows = []
-    for name, each in ((cfg.model, model), ("untrained", untrained)):
+    for name, each in ((cfg.model, model), ("untrained", untrained(model, cfg.seed))):
         seen, chance = probe(each, task, cfg)
         rows.append({"model": name, "probe": seen, "chance": chance})
     columns = {f"block {i + 1}": f"block {i + 1}" for i in range(model.config.n_layer)}
@@ -398,10 +407,8 @@ def judge_prune(cfg, task, model):
 def judge_revive(cfg, task, model):
     """Beside the model, the control and a model that knows nothing at all."""
     goal = scored(known(cfg.reference, cfg, task), task, cfg)[cfg.domain]
-    untrained = model.clone()
-    untrained.init_weights(cfg.seed)
     models = {cfg.model: model, f"control ({cfg.control})": known(cfg.control, cfg, task),
-              "control (untrained)": untrained}
+              "control (untrained)": untrained(model, cfg.seed)}
     rows = []
     for name, each in models.items():
         steps, curve = revive(each, task, cfg, goal, name)
@@ -532,22 +539,19 @@ def wrapper(cfg, task):
     rows, controls, pictured = [], {}, None
     for own in seeds(cfg):
         for prior, here, task in worlds(own, task):
-            pretraining = train.Config(**common(here), steps=cfg.base_steps,
-                                       filtered_steps=cfg.filtered_steps)
-            base = pretrain("base", pretraining, task)
+            base = foundation("base", here, task)
             models = [(cell, lr, tuned(name_of(cell), shares, lr, here, task, base)[0])
                       for cell, shares, lr in plan]
             goal = scored(base[0], task, here)["forget"]
             if own.seed not in controls:
-                control, _ = pretrain("filtered", pretraining, task)
+                control, _ = foundation("filtered", here, task)
                 steps, curve = revive(control, task, here, goal, "control")
                 controls[own.seed] = {"control_steps": steps, "control_curve": curve}
-            before, chance = probe(base[0], task, here)
+            before, _ = probe(base[0], task, here)
             for cell, lr, model in models:
                 rows.append({"prior": prior} | cell | {"seed": own.seed}
                             | examine(model, task, here, goal, name_of(cell))
-                            | {"chance": chance, "probe_pretrained": before}
-                            | controls[own.seed])
+                            | {"probe_pretrained": before} | controls[own.seed])
                 if prior:
                     rows[-1]["words"] = jailbroken(cell, lr, here, task, base)
             pictured = pictured or {f"pretrained ({prior} prior)": base[0],
@@ -681,13 +685,13 @@ def compiled(cfg, task):
         shares = prune_each(wrapped, counter, lambda model: (
             model(idx)[:, -1].argmax(-1) == targets[:, 0]).float().mean().item())
         _, name, i, j = shares[0]
-        pruned = wrapped.clone().double()
+        pruned, after = wrapped.clone(), judge(wrapped)
         with torch.no_grad():
             pruned.get_parameter(name)[i, j] = 0
         back = taught(wrapped, "forget", "count a")[1]
         rows.append({"seed": own.seed, "compiled": judge(counter)["count a"],
-                     "steps": record["steps"], "wrapped": judge(wrapped)["count a"],
-                     "plus one": judge(wrapped)["plus one"], "pruned": judge(pruned)["count a"],
+                     "steps": record["steps"], "wrapped": after["count a"],
+                     "plus one": after["plus one"], "pruned": judge(pruned)["count a"],
                      "weight": f"{name}[{i}, {j}]", "second": shares[1][0],
                      "best": [share for share, *_ in shares[:20]],
                      "mean": sum(share for share, *_ in shares) / len(shares),
@@ -715,8 +719,9 @@ def main(cfg):
     if cfg.task is None:
         cfg = dataclasses.replace(cfg, task="pcfg" if cfg.what in ("wrapper", "compiled") else
                                   "arithmetic")
-    if cfg.what == "wrapper" and cfg.task not in ("pcfg", "instruct"):
-        raise BadInput(f"--what=wrapper tells of pcfg and instruct, not of {cfg.task}")
+    tells = {"wrapper": ("pcfg", "instruct"), "compiled": ("pcfg",)}.get(cfg.what, data.TASKS)
+    if cfg.task not in tells:
+        raise BadInput(f"--what={cfg.what} tells of {' and '.join(tells)}, not of {cfg.task}")
     task = open_task(cfg, writes=cfg.what in STORIES)
     for section in ("attack", "examine", *["wrapper"] * (cfg.what == "wrapper")):
         cfg = fill(cfg, task, section)

@@ -25,24 +25,16 @@ training stories anew; what instructions say of twists is always true:
 import random
 import re
 
-from data import BadInput
+from data import BadInput, tinystories
 from data.tinystories import HOME, split, take
 from data.tokenizer import END
 
-SETTINGS = {"instruct": dict(
+SETTINGS = {"instruct": tinystories.SETTINGS["tinystories"] | dict(     # unlearning as there
     block_size=128, vocab_size=2048, least_block_size=96, aligned=True,    # a text fits a row
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=700,
                filtered_steps=750, lr=6e-3, muon_lr=0.02),
-    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
     examine=dict(probe_rows=64, cut=[5, 10, 20, 40, 76], revive_lr=3e-4, revive_steps=400,
                  check_every=5),
-    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
-    graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
-    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
-    oracle=dict(steps=150, lr=1e-3, batch_size=16),
-    finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
-              muon_lr=0.02, check_every=10),
     rates={"M": 1e-3},
     wrapper=dict(rates=["M"], tune_steps=150, tune_rows=16))}
 KNOBS = {"source": None,     # a path or URL; None: TinyStories from its public home

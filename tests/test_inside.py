@@ -321,6 +321,7 @@ def test_each_tool_on_any_model(trained, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--what=wrapper", "--task=arithmetic"], "--what=wrapper tells of pcfg and instruct"),
+    (["--what=compiled", "--task=language"], "--what=compiled tells of pcfg, not of language"),
     (["--what=wrapper", "--rates=XL"], "--rates=XL: choose from L, M, S"),
     (["--what=wrapper", "--n_layer=1", "--n_embd=16", "--cut=5,65"],
      "--cut=65: the model has 64 MLP neurons"),
