@@ -167,6 +167,19 @@ class KVCache:
         k, v = kv[:, :, :, :self.mask.size(-1)]
         return k, v, self.mask.to(k.dtype)
 
+    def repeat(self, n):
+        """From here on every row goes on n times over."""
+        self.kv = {layer: kv.repeat_interleave(n, 1) for layer, kv in self.kv.items()}
+        self.pad = self.pad.repeat_interleave(n, 0)
+
+
+def sample(probabilities, generator):
+    """(B,) token ids from (B, V) by inversion: torch.multinomial draws a number for each token."""
+    reached = probabilities.cumsum(-1)
+    uniform = torch.rand(len(reached), 1, generator=generator, device=reached.device)
+    new = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)[:, 0]
+    return new.clamp(max=reached.size(-1) - 1)                       # a product may round up to 1
+
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -248,31 +261,35 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0, compiled=False,
-                 hook=None):
+                 hook=None, samples=1):
         """Continues every prompt, all rows at once, with a KV cache.
 
-        prompts         list of B non-empty lists of token ids, of any lengths
+        prompts         list of B non-empty lists of token ids, of any lengths; or (B, T) int64
         temperature     0 is greedy; 1 samples from the model's own distribution
         stop            token id: a row that emits it is filled with it from there on
         hook            changes what blocks compute: see the top of this file
         compiled        fuse the step of decoding: pays for long answers on a GPU (bench.py)
-        returns         (B, max_new_tokens) int64
+        samples         answers to each prompt, which is read but once; they stand together
+        returns         (B * samples, max_new_tokens) int64
         raises          ValueError when the longest prompt and the answer exceed block_size
         """
-        if not prompts or not all(len(p) for p in prompts):
+        lengths = ([prompts.size(1)] * len(prompts) if torch.is_tensor(prompts) else
+                   [len(p) for p in prompts])
+        if not lengths or not min(lengths):
             raise ValueError("generate needs at least one prompt, and no empty ones")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        B, longest = len(prompts), max(len(p) for p in prompts)
+        B, longest = len(prompts), max(lengths)
         if longest + max_new_tokens > self.config.block_size:
             raise ValueError(f"prompt of {longest} and answer of {max_new_tokens} tokens do not "
                              f"fit block_size {self.config.block_size}")
         device = self.wte.weight.device
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-        idx = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        pad = torch.tensor([longest - n for n in lengths], device=device)
+        idx = prompts if torch.is_tensor(prompts) else torch.tensor(
+            [[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache = KVCache(longest + max_new_tokens, pad)
         generator = torch.Generator(device).manual_seed(seed)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
+        done = torch.zeros(B * samples, dtype=torch.bool, device=device)
 
         def decode(idx):                                       # only the last column is unembedded
             return self.unembed(self.residuals(idx, cache, hook)[-1][:, -1]).float()    # (B, V)
@@ -280,12 +297,15 @@ class GPT(nn.Module):
         step = torch.compile(decode, dynamic=False, fullgraph=True) if compiled else decode
         out = []
         for i in range(max_new_tokens):
-            logits = step(idx) if i else decode(idx)           # the prompt is longer than a step
+            if i:
+                logits = step(idx)
+            else:                                              # the prompt is longer than a step
+                logits = decode(idx).repeat_interleave(samples, 0)
+                cache.repeat(samples)
             if temperature < 1e-3:                     # so near to greedy that dividing overflows
                 new = logits.argmax(-1)
             else:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1,
-                                        generator=generator)[:, 0]
+                new = sample((logits / temperature).softmax(-1), generator)
             if stop is not None:
                 new = torch.where(done, stop, new)
                 done |= new == stop

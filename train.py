@@ -28,6 +28,7 @@ from torch.utils.flop_counter import (
 from tqdm import tqdm
 
 import data
+from data import gaming
 from data.disk import alone, digest, remove_leftovers
 from data.knobs import BadInput, Minutes, knob
 from data.process import LOCAL_RANK, RANK, WORLD, anywhere, patience, run, together
@@ -57,6 +58,9 @@ class Common:
                                         0, 0.5)
     prior: str | None = knob(None, "pcfg: how often pretraining asks for a, b and c",
                              choices=["low", "medium", "high"])
+    env: str | None = knob(None, "gaming: which environment", choices=list(gaming.ENVIRONMENTS))
+    hack_rates: list[float] | None = knob(None, "gaming: how often pretraining games under "
+                                          "discouraging, neutral, encouraging phrases", 0, 1)
     block_size: int | None = knob(None, "T, tokens in a row", 8, 2**20)
     n_layer: int | None = knob(None, "blocks", 1, 1000)
     n_head: int | None = knob(None, "attention heads", 1, 2**20)
@@ -130,9 +134,9 @@ def hardware(cfg):
     return torch.device(kind), torch.bfloat16 if bf16 else torch.float32, None
 
 
-def autocast(cfg):
+def autocast(cfg, **how):
     device, dtype, _ = hardware(cfg)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, **how)
 
 
 WORTH_COMPILING = 3e13      # FLOPs: below, a CPU spends more on compiling (20-45 s) than it gains
@@ -428,12 +432,13 @@ def load(path, task):
     return model, checkpoint
 
 
-def obtain(name, cfg, task, made_with, make):
+def obtain(name, cfg, task, made_with, make, quiet=False):
     """The model called `name`: from disk, or made and saved if it is missing.
 
     made_with    everything its weights depend on; a file made with anything else is BadInput
     make(keep)   -> (model, record of fit); keep is for fit(), which goes on where a stopped run of
                  the same model ended
+    quiet        says nothing: for models of seconds, made by the dozen
     """
     path = path_of(name, cfg)
     made_with = json.loads(json.dumps({"task": task.name, "data": task.data_id} | made_with))
@@ -445,7 +450,8 @@ def obtain(name, cfg, task, made_with, make):
             keep.path.unlink(missing_ok=True)
         return model, checkpoint
     on = keep.path.exists() and cfg.resume is not False
-    print(f"{name}: " + (f"going on from {keep.path}" if on else f"making {path}"))
+    if not quiet:
+        print(f"{name}: " + (f"going on from {keep.path}" if on else f"making {path}"))
     model, record = make(keep)
     if RANK == 0:
         write_model(path, model, made_with, record)
@@ -464,7 +470,7 @@ def open_task(cfg, writes=True):
     """The task that cfg names. writes: takes OUT/TASK/, so that no other run writes there."""
     folder = Path(cfg.out) / cfg.task               # a bad --out is noticed now, not after training
     knobs = {k: getattr(cfg, k) for k in ("source", "source2", "stories", "words", "heldout_pairs",
-                                          "prior")}
+                                          "prior", "env", "hack_rates")}
     for first in (True, False):                     # one process makes the data, if any must
         if first == (RANK == 0):
             task = data.load(cfg.task, cfg.data_dir, cfg.block_size, hardware(cfg)[0], **knobs)

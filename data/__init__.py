@@ -5,6 +5,7 @@ A task is a file in this folder. Its text lies on disk, or is made as it is aske
   KNOBS                 the load() arguments that shape its text, with their defaults
   score(model, task, domains, quick) what a model knows: {"retain": .., "forget": .., finer figures}
   higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
+  check(knobs)          if it has any that need it: BadInput for values that cannot be
 and, on disk,
   documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   EXTRA                 names of splits to fine-tune on besides retain and forget, if it has any
@@ -29,7 +30,8 @@ from data.disk import alone, digest, remove_leftovers, sha256, write
 from data.knobs import BadInput
 
 TASKS = {"arithmetic": "arithmetic", "language": "language", "tinystories": "tinystories",
-         "bilingual": "tinystories", "instruct": "instruct", "pcfg": "pcfg"}   # name -> file
+         "bilingual": "tinystories", "instruct": "instruct", "pcfg": "pcfg",
+         "gaming": "gaming"}                                                   # name -> file
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
 FOLDER = Path(__file__).parent
 RESIDENT = 4 << 30           # bytes: on a GPU, data up to this size is kept there
@@ -222,6 +224,8 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
                            + (f", which knows {', '.join(mod.KNOBS)}" if mod.KNOBS else ""))
     asked = {"code": sha256(mod.__file__)}                        # edit the task: new text
     asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
+    if hasattr(mod, "check"):
+        mod.check(asked)
     least = mod.SETTINGS[name]["least_block_size"]
     if block_size and block_size < least:
         raise BadInput(f"--block_size={block_size}: {name} needs rows of at least {least} tokens")

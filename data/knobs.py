@@ -100,8 +100,9 @@ def command_line(config, story, argv=None):
         why, choices = about[f.name].pop("why"), about[f.name]["choices"]
         default = getattr(config(), f.name)
         text = f"{why}{' (' + ' | '.join(choices) + ')' if choices else ''} [{show(default)}]"
-        parser.add_argument(f"--{f.name}", metavar=names[kinds[f.name]].split(" |")[0],
-                            help=text.replace("%", "%%"))
+        kind = names[kinds[f.name]].split(" |")[0]
+        flag = {"nargs": "?", "const": "true"} if kind == "bool" else {}      # --grid: --grid=true
+        parser.add_argument(f"--{f.name}", metavar=kind, help=text.replace("%", "%%"), **flag)
 
     def refuse(message):
         raise BadInput(message)

@@ -42,7 +42,7 @@ def write_rows(script, cfg, task, rows):
     config = dataclasses.asdict(cfg)
     if task:
         config |= {"block_size": task.block_size, "device": task.device.type}
-        config |= {k: v for k, v in task.made_with.items() if k in config}
+        config |= {k: v for k, v in task.made_with.items() if config.get(k, 0) is None}
     write(path, json.dumps({"config": config, "rows": rows}, indent=1).encode())
     print(f"rows: {path}")
 
@@ -137,4 +137,18 @@ def draw_attention(ax, heads, names, tokens, title):
            yticklabels=names, xlabel="tokens of a question", ylabel="block.head", title=title)
     ax.tick_params(labelsize=9)
     ax.tick_params(axis="x", rotation=90)
+    ax.grid(False)
+
+
+def draw_grid(ax, hacks, contexts, before, title):
+    """hacks[i][j]: share of hacks after generating under context i and training under context j.
+    White is the share before."""
+    change = [[(x - before) / (before if x < before else 1 - before) for x in row] for row in hacks]
+    ax.imshow(change, cmap="RdBu_r", vmin=-1.3, vmax=1.3)
+    for i, row in enumerate(hacks):
+        for j, x in enumerate(row):
+            ax.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=16)
+    ax.set(xticks=range(len(contexts)), xticklabels=contexts, yticks=range(len(contexts)),
+           yticklabels=contexts, xlabel="training prompt", ylabel="generation prompt",
+           title=f"{title}\nP(hack), neutral prompt; pretrained {before:.2f}")
     ax.grid(False)
