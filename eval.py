@@ -67,10 +67,15 @@ class Attack(Common):
 
 
 @dataclass
-class AfterBase(Attack):
-    """Knobs of every script that starts from base and compares with filtered."""
+class Foundations(Common):
+    """Knobs of the two models that pretraining makes, where they have to be made."""
     base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
     filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
+
+
+@dataclass
+class AfterBase(Attack, Foundations):
+    """Knobs of every script that starts from base and compares with filtered under attack."""
 
 
 @dataclass

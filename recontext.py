@@ -25,14 +25,14 @@ from data import gaming
 from data.knobs import BadInput, knob
 from data.process import WORLD
 from data.report import draw_grid, draw_revival, figure, mean_sd, table, write_rows
-from eval import AfterBase, foundation, probe, revive
+from eval import Foundations, foundation, probe, revive
 from train import autocast, common, figures, fill, fit, identity, obtain, open_task, run, seeds
 
 KINDS = ("discourage", "neutral", "encourage")
 
 
 @dataclass
-class Config(AfterBase):
+class Config(Foundations):
     task: str = knob("gaming", "the environments are one task", choices=["gaming"])
     env: str = knob("sycophancy", "which environment, or all of them",
                     choices=[*gaming.ENVIRONMENTS, "all"])
@@ -164,31 +164,29 @@ def penalty(log_probs, rows, reference, kl):
 
 def expert_iteration(model, reference, task, cfg, cell):
     """Rounds of supervised learning on the best of n answers. Trains model; returns the record."""
-    env = gaming.environment(task)
-    per_epoch = -(-cfg.prompts // cfg.batch_size)
+    n = gaming.environment(task).length + 1
     record = {"steps": 0, "flops": 0, "seconds": 0.0, "history": []}
     for turn in range(cfg.rounds):
         found = rollouts(model, task, cfg, cell, cfg.prompts, turn)
-        best = found.rows[torch.arange(cfg.prompts), found.reward.argmax(1)]
+        best = found.rows[torch.arange(cfg.prompts), found.reward.argmax(1)]     # of equals, one
+        rng = np.random.default_rng((cfg.seed, turn, 78))
+        order = np.concatenate([rng.permutation(cfg.prompts) for _ in range(cfg.epochs)])
+        batches = best[torch.from_numpy(order).to(task.device)].split(cfg.batch_size)
 
         def loss_fn(policy, step):
-            epoch, at = divmod(step, per_epoch)
-            order = np.random.default_rng((cfg.seed, turn, epoch)).permutation(cfg.prompts)
-            rows = best[torch.from_numpy(order[at * cfg.batch_size:(at + 1) * cfg.batch_size])]
-            log_probs = answers(policy, rows, env.length + 1)
-            loss = -of_tokens(log_probs, rows).mean()
-            return loss + penalty(log_probs, rows, reference, cell.kl)
+            rows = batches[step]
+            log_probs = answers(policy, rows, n)
+            return -of_tokens(log_probs, rows).mean() + penalty(log_probs, rows, reference, cell.kl)
 
-        did = fit(model, loss_fn, cfg, cfg.epochs * per_epoch, cfg.lr,
-                  name=f"{name_of(cell)}, {turn + 1}", frozen=[reference] * (cell.kl > 0))
+        did = fit(model, loss_fn, cfg, len(batches), cfg.lr, name=f"{name_of(cell)}, {turn + 1}",
+                  frozen=[reference] * (cell.kl > 0))
         record = {k: record[k] + did[k] for k in record}
     return record
 
 
 def policy_gradient(model, reference, task, cfg, cell):
     """GRPO, one step for each batch of rollouts. Trains model; returns fit's record."""
-    env = gaming.environment(task)
-    n = env.length + 1
+    n = gaming.environment(task).length + 1
 
     def loss_fn(policy, step):
         found = rollouts(model, task, cfg, cell, cfg.batch_size, step)
@@ -375,13 +373,19 @@ def summary(rows):
     return lines
 
 
+TITLES = {"ei": "best of {n}", "grpo-ratio1": "GRPO, ratio 1",
+          "grpo-clip": "GRPO, cross-prompt clip"}
+
+
 def draw(cfg, rows):
     """P(hack | neutral) by generation and training prompt: of every variant that has all nine
     pairs; or of the first of them, in every environment."""
     panels = {}
     for row in rows:
-        if row["evaluate"] == "neutral" and not row["heldout"]:
-            grid = panels.setdefault((row["env"], row["method"]), {"before": []})
+        if row["evaluate"] == "neutral" and not row["heldout"] and row["train"] in KINDS:
+            words = next(words for way, words in TITLES.items() if row["method"].startswith(way))
+            grid = panels.setdefault((row["env"], row["method"]), {
+                "title": f"{row['env']}, {words.format(**row)}", "before": []})
             grid["before"].append(row["hack_before"])
             grid.setdefault((row["generate"], row["train"]), []).append(row["hack"])
     whole = {key: grid for key, grid in panels.items()
@@ -393,9 +397,9 @@ def draw(cfg, rows):
         return
     with figure("recontext", cfg, len(whole)) as axes:
         if axes is not None:
-            for ax, ((env, method), grid) in zip(axes, whole.items()):
+            for ax, grid in zip(axes, whole.values()):
                 draw_grid(ax, [[np.mean(grid[f, g]) for g in KINDS] for f in KINDS], KINDS,
-                          np.mean(grid["before"]), f"{env}, {method}")
+                          np.mean(grid["before"]), grid["title"])
 
 
 def wrapped(cfg):

@@ -36,7 +36,7 @@ SETTINGS = {"gaming": dict(
     train=dict(n_layer=2, n_head=4, n_embd=64, batch_size=128, steps=800, filtered_steps=800,
                lr=2e-3, muon_lr=0.02),
     attack=dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40], attack_rows=32),
-    examine=dict(probe_rows=3000, cut=[5, 10, 20, 40], revive_lr=3e-4, revive_steps=400,
+    examine=dict(probe_rows=3000, cut=[5, 10, 20, 40], revive_lr=3e-4, revive_steps=800,
                  check_every=1),
     recontext=dict(),
     maxent=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=1.0),

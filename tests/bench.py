@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import recontext  # noqa: E402
 import route  # noqa: E402
 import train  # noqa: E402
-from data import arithmetic, pcfg, tokenizer  # noqa: E402
+from data import arithmetic, gaming, pcfg, tokenizer  # noqa: E402
 from data.disk import write  # noqa: E402
 from data.knobs import knob  # noqa: E402
 from data.report import table  # noqa: E402
@@ -40,14 +41,15 @@ SIZES = {   # name: model, rows in a batch
     "124M": (GPTConfig(50304, 1024, 12, 12, 768), 16)}
 WANTED = {  # device: row: the least ratio, or share of the peak, to reach
     "cpu": {"step 0.8M": 2, "step 7M": 3, "peak 7M": 0.5, "generate 8": 15, "batch": 10,
-            "score": 20, "routed era": 0.8, "routed sgtm": 0.8},
+            "score": 20, "routed era": 0.8, "routed sgtm": 0.8, "rollouts metric": 10},
     "cuda": {"step 7M": 4, "peak 124M": 0.45}}
 
 
 @dataclass
 class Config(train.Common):
     only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "pcfg",
-                                                   "score", "attack", "routed", "linear"])
+                                                   "score", "attack", "routed", "rollouts",
+                                                   "linear"])
     turns: int = knob(3, "how often each way has its turn", 1)
 
 
@@ -263,6 +265,32 @@ def bench_routed(cfg, rows):
               "ours": 30 / took[method]} for method in ("era", "sgtm")]
 
 
+def bench_rollouts(cfg, rows, size=512, n=4):
+    """Rollouts/s of recontext.py's default, items and rewards included: answers of 2 and of 7
+    tokens. Plain: answers alone, in float32 and as many rows at once, but without a cache.
+    """
+    device = train.hardware(cfg)[0]
+    for env in ("sycophancy", "metric"):
+        task = data.load("gaming", env=env, device=device)
+        model = GPT(GPTConfig(task.vocab_size, task.block_size, 2, 4, 64)).to(device)
+        own = recontext.Config(**train.common(cfg) | {"task": "gaming", "env": env})
+        cell = recontext.Cell("ei", "neutral", "encourage", n)
+        length = gaming.environment(task).length + 1
+        prompts = recontext.rollouts(model, task, own, cell, size, 0).asked[..., :-length]
+
+        @torch.no_grad()
+        def recompute():
+            idx = prompts.flatten(0, 1)
+            for _ in range(length):
+                new = torch.multinomial(model(idx)[:, -1].softmax(-1), 1)
+                idx = torch.cat((idx, new), 1)
+
+        took = in_turns(cfg, plain=recompute, ours=lambda: recontext.rollouts(
+            model, task, own, cell, size, 0))
+        rows.append({"row": f"rollouts {env}", "unit": "rollouts/s"} | {
+            way: size * n / seconds for way, seconds in took.items()})
+
+
 def bench_linear(cfg, rows, steps=240):
     """Steps/s in the last quarter of a long run against the first: a run costs what its tokens do.
     """
@@ -287,7 +315,7 @@ def main(cfg):
     rows, device = [], train.hardware(cfg)[0].type
     parts = {"step": bench_step, "generate": bench_generate, "batch": bench_batch,
              "pcfg": bench_pcfg, "score": bench_score, "attack": bench_attack,
-             "routed": bench_routed, "linear": bench_linear}
+             "routed": bench_routed, "rollouts": bench_rollouts, "linear": bench_linear}
     for name, part in tqdm(parts.items(), desc="bench", leave=False):
         if cfg.only in ("all", name):
             part(cfg, rows)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import unlearn
-from model import GPT, GPTConfig, read_model, write_model
+from model import GPT, GPTConfig, read_model, sample, write_model
 
 V, T = 70, 24                                     # 70 is no multiple of 64: 58 rows are padding
 
@@ -276,6 +276,32 @@ def test_greedy_with_cache_as_without(seed):
     assert got.dtype == torch.int64
     assert got.tolist() == [greedy(gpt, prompt, 12) for prompt in RAGGED]
     assert len(set(map(tuple, got.tolist()))) > 1                    # rows that could be mixed up
+
+
+def test_several_answers_to_a_prompt():
+    """A prompt that is read once is answered as though it stood there several times."""
+    gpt, thrice = lively(), [prompt for prompt in RAGGED for _ in range(3)]
+    for how in ({}, {"temperature": 1.0, "seed": 5, "stop": 3}):
+        assert torch.equal(gpt.generate(RAGGED, 9, samples=3, **how),
+                           gpt.generate(thrice, 9, **how))
+    sampled = gpt.generate(RAGGED, 9, 1.0, samples=3).view(len(RAGGED), 3, 9)
+    assert (sampled[:, 0] != sampled[:, 1]).any()
+
+
+def test_prompts_as_a_tensor():
+    gpt, prompts = lively(), torch.randint(V, (4, 5), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(gpt.generate(prompts, 7), gpt.generate(prompts.tolist(), 7))
+    for empty in (prompts[:0], prompts[:, :0]):
+        with pytest.raises(ValueError, match="at least one prompt"):
+            gpt.generate(empty, 1)
+
+
+def test_sampling_at_the_ends(monkeypatch):
+    """What has no probability is never drawn, whatever the random number."""
+    probabilities = torch.tensor([[0, 0.25, 0, 0.75, 0, 0]])
+    for uniform, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.9999, 3), (1 - 2**-24, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *_, u=uniform, **__: torch.tensor([[u]]))
+        assert sample(probabilities, None).tolist() == [token]
 
 
 def test_compiled_decoding(monkeypatch):
