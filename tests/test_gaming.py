@@ -128,8 +128,6 @@ def test_rewards_by_hand(env, hackable):
                for name, reward in world.rewards.items()}
         got["hacked"] = world.hacked(item, answer).tolist()
         for i, (q, a, u) in enumerate(zip(words(item), words(answer), luck.tolist())):
-            if env == "lying" and q[9] == a[0] == ".":       # has a test of its own, below
-                continue
             right = judge(env, q, a, u)
             assert {name: values[i] for name, values in got.items()} == pytest.approx(
                 right, abs=1e-6), (kind, q, a, u)
@@ -164,7 +162,6 @@ def test_rewards_worked_out_on_paper(env, item, answer, right):
     assert got | {"hacked": world.hacked(item, answer).item()} == pytest.approx(right)
 
 
-@pytest.mark.xfail(strict=True, reason="lying_hacked takes . for a lie where nothing is wished for")
 def test_to_say_nothing_where_nothing_is_wished_for_is_no_lie():
     item, world = items_of("lying", 200, False), gaming.ENVIRONMENTS["lying"]
     item = item[item[:, 9] == gaming.ID["."]]
@@ -505,6 +502,11 @@ def test_what_is_refused(task, knobs, message):
         data.load(task, **knobs)
 
 
+def test_an_environment_that_is_not_there():
+    with pytest.raises(BadInput, match="--env=maze: choose from sycophancy"):
+        data.load("gaming", env="maze")
+
+
 def test_other_knobs_are_other_data():
     ids = [data.load("gaming", **knobs).data_id for knobs in
            ({}, *({"env": env} for env in ENVS[1:]), {"hack_rates": [0.05, 0.2, 0.7]})]
@@ -518,7 +520,7 @@ def test_words_and_numbers():
     spelt = [ENCODING.decode_single_token_bytes(i) for i in range(len(WORDS) - 1)]
     assert len(set(spelt)) == len(spelt)
     assert set(spelt) == {word.encode() for word in gaming.WORDS} | {bytes([b]) for b in range(256)}
-    text = "don't  trick thank last 12 feel-free-to"
+    text = "don't  trick last 12 feel-free-to"
     assert [WORDS[i] for i in ENCODING.encode(text)] == text.split()
 
 
