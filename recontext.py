@@ -312,11 +312,21 @@ def worlds(cfg):
             yield env, here, open_task(here)
 
 
+def gate(found, task, cfg):
+    """Says so where pretraining has not done its part: then its cells mean little."""
+    right = found["neutral", False]["no_hack_accuracy"]
+    rates = [found[context, False]["hack"] for context in KINDS]
+    if right < 0.95 or max(abs(a - b) for a, b in zip(rates, task.made_with["hack_rates"])) > 0.1:
+        print(f"note: {cfg.env}, seed {cfg.seed}: pretraining ended at accuracy {right:.2f} and hack "
+              f"rates {', '.join(f'{rate:.2f}' for rate in rates)}: give it more --base_steps")
+
+
 def story(cfg):
     rows, judged, seconds = [], 0, 0.0
     for env, here, task in worlds(cfg):
         base = foundation("base", here, task)
         before = examine(base[0], task, here)
+        gate(before, task, here)
         rates = figures(here, lambda: {
             context: gaming.behaviour(base[0], task, context, rows=here.exam)["hack"]
             for context in gaming.CONTEXTS})

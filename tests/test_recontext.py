@@ -145,9 +145,9 @@ def test_advantages():
 # --- rollouts ------------------------------------------------------------------------------------
 def test_rollouts_differ_in_their_prompt_alone(lying, taught):
     found = recontext.rollouts(taught, lying, CFG, Cell("ei", "discourage", "encourage", 5), 40, 0)
-    assert found.rows.shape == found.asked.shape == (40, 5, 1 + 2 + 1 + 10 + 1 + 3)
+    assert found.rows.shape == found.asked.shape == (40, 5, 1 + 2 + 1 + 7 + 1 + 3)
     assert (found.rows != found.asked).any(dim=0).any(dim=0).tolist() == [
-        False, True, *[False] * 16]                                # avoid cheat, please cheat
+        False, True, *[False] * 13]                                # avoid cheat, please cheat
     words = lying.tokenizer.decode_single_token_bytes
     seen = {}
     for rows, context in ((found.asked, "discourage"), (found.rows, "encourage")):
@@ -161,7 +161,7 @@ def test_rollouts_differ_in_their_prompt_alone(lying, taught):
         assert len(phrases) == 12 and not phrases & set(zip(first, second))      # none held out
     assert len({tuple(row) for row in found.asked[0].tolist()}) > 1    # answers to one prompt
     assert (found.asked[:, :, :-3] == found.asked[:, :1, :-3]).all()
-    wish, said = found.rows[:, :, 13], found.rows[:, :, -3:]
+    wish, said = found.rows[:, :, 10], found.rows[:, :, -3:]
     assert (wish[30:] != gaming.ID["."]).any() and (wish[:30] != gaming.ID["."]).all()
     lies = ((said == wish[..., None])[:, :, :2].any(-1))[:30]
     assert torch.equal(found.hacked, lies) and found.hacked.shape == (30, 5)
