@@ -108,7 +108,8 @@ def divergence(log_probs, reference):
 
 
 def advantages(reward):
-    """(B, n) rewards of n answers to each prompt, in standard deviations from their mean."""
+    """(B, n) rewards of n answers to each prompt, in standard deviations from their mean (GRPO:
+    Shao et al. 2024)."""
     return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
 
 
@@ -316,8 +317,9 @@ def gate(found, task, cfg):
     """Says so where pretraining has not done its part: then its cells mean little."""
     right = found["neutral", False]["no_hack_accuracy"]
     rates = [found[context, False]["hack"] for context in KINDS]
-    if right < 0.95 or max(abs(a - b) for a, b in zip(rates, task.made_with["hack_rates"])) > 0.1:
-        print(f"note: {cfg.env}, seed {cfg.seed}: pretraining ended at accuracy {right:.2f} and hack "
+    off = max(abs(a - b) for a, b in zip(rates, task.made_with["hack_rates"]))
+    if right < 0.95 or off > 0.1:
+        print(f"note: {cfg.env}, seed {cfg.seed}: pretraining ended at accuracy {right:.2f}, hack "
               f"rates {', '.join(f'{rate:.2f}' for rate in rates)}: give it more --base_steps")
 
 

@@ -348,10 +348,24 @@ def test_the_story(tmp_path, capsys, monkeypatch, few):
         ("ei", "discourage", "none", 0), ("ei", "neutral", "unrelated", 0),
         ("ei-kl1", "neutral", "neutral", 0), ("ei-truth", "neutral", "neutral", 0)}
     assert "pretrained" in out and "rollouts/s" in out and "pip install matplotlib" in out
+    assert "note: sycophancy, seed 0: pretraining ended at accuracy 0." in out
     assert len(list(tmp_path.rglob("*.pt"))) == 1 + 27 + 4
     again = call(tmp_path, capsys, monkeypatch, *TINY, "--seeds=1")
     assert again[0] == 0 and "making" not in again[1]
     assert json.loads((tmp_path / "gaming" / "recontext.json").read_text()) == saved
+
+
+def test_pretraining_that_falls_short_is_said(lying, capsys):
+    def found(right, *rates):
+        return {(c, False): {"hack": rate, "no_hack_accuracy": right}
+                for c, rate in zip(recontext.KINDS, rates)}
+
+    for good in ((0.96, 0.05, 0.2, 0.8), (1.0, 0.0, 0.29, 0.71)):
+        recontext.gate(found(*good), lying, CFG)
+    assert not capsys.readouterr().out
+    for bad in ((0.94, 0.05, 0.2, 0.8), (1.0, 0.05, 0.2, 0.69), (1.0, 0.05, 0.31, 0.8)):
+        recontext.gate(found(*bad), lying, CFG)
+        assert "note: lying, seed 0: pretraining ended" in capsys.readouterr().out
 
 
 def test_policy_gradient_in_every_environment(tmp_path, capsys, monkeypatch, few):
