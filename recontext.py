@@ -49,7 +49,7 @@ class Config(Foundations):
                        "environment's")
     n: int = knob(4, "ei: answers to a prompt, of which the best is learned", 1, 1000)
     larger_n: int = knob(16, "ei, grid: as many for comparison; 0: none", 0, 1000)
-    rounds: int = knob(3, "ei: of generating and learning", 1)
+    rounds: int = knob(4, "ei: of generating and learning", 1)
     prompts: int = knob(512, "ei: prompts a round", 1)
     epochs: int = knob(2, "ei: passes over the chosen answers", 1)
     batch_size: int = knob(32, "ei: rows in a batch; grpo: prompts in a step", 1)
