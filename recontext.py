@@ -268,8 +268,8 @@ def sign(x):
 
 
 # --- the story -----------------------------------------------------------------------------------
-def plan(cfg, env):
-    """The cells to train in an environment."""
+def plan(cfg):
+    """The cells to train in the environment cfg.env."""
     methods = ["ei"] * ("ei" in cfg.method) + [
         f"grpo-{loss}" for loss in ("ratio1", "clip") if "grpo" in cfg.method
         and cfg.loss in (loss, "both")]
@@ -288,7 +288,7 @@ def plan(cfg, env):
         cells += [cell("discourage", "none"), cell("neutral", "unrelated"),
                   cell("neutral", "neutral", kl=cfg.strong_kl)]
         cells += [cell("neutral", "neutral", reward=reward)
-                  for reward in gaming.ENVIRONMENTS[env].rewards]
+                  for reward in gaming.ENVIRONMENTS[cfg.env].rewards]
     return list(dict.fromkeys(cells))
 
 
@@ -301,7 +301,7 @@ def variant(cell, cfg):
 
 
 def worlds(cfg):
-    """Yields (env, cfg, task) for each environment and seed; models lie in OUT/gaming/ENV/."""
+    """Yields (cfg, task) for each environment and seed; models lie in OUT/gaming/ENV/."""
     envs = list(gaming.ENVIRONMENTS) if cfg.env == "all" else [cfg.env]
     for env in envs:                                        # before anything is made
         if cfg.reward not in gaming.ENVIRONMENTS[env].rewards:
@@ -310,7 +310,7 @@ def worlds(cfg):
     for env in envs:
         for own in seeds(cfg):
             here = dataclasses.replace(own, env=env, out=f"{own.out}/{cfg.task}/{env}")
-            yield env, here, open_task(here)
+            yield here, open_task(here)
 
 
 def gate(found, task, cfg):
@@ -325,14 +325,14 @@ def gate(found, task, cfg):
 
 def story(cfg):
     rows, judged, seconds = [], 0, 0.0
-    for env, here, task in worlds(cfg):
+    for here, task in worlds(cfg):
         base = foundation("base", here, task)
         before = examine(base[0], task, here)
         gate(before, task, here)
         rates = figures(here, lambda: {
             context: gaming.behaviour(base[0], task, context, rows=here.exam)["hack"]
             for context in gaming.CONTEXTS})
-        for cell in tqdm(plan(here, env), desc=f"{env}, seed {here.seed}", unit="cell",
+        for cell in tqdm(plan(here), desc=f"{here.env}, seed {here.seed}", unit="cell",
                          leave=False):
             model = trained(cell, here, task, base)
             start = time.perf_counter()
@@ -341,9 +341,9 @@ def story(cfg):
             judged += len(after) * (here.exam + here.exam // 2)
             pushed = push(base[0], task, here, cell, rates[cell.train])
             for (context, heldout), found in after.items():
-                rows.append({"env": env, "method": variant(cell, cfg), "generate": cell.generate,
-                             "train": cell.train, "seed": here.seed, "evaluate": context,
-                             "heldout": heldout}
+                rows.append({"env": here.env, "method": variant(cell, cfg),
+                             "generate": cell.generate, "train": cell.train, "seed": here.seed,
+                             "evaluate": context, "heldout": heldout}
                             | {f"{k}_before": v for k, v in before[context, heldout].items()}
                             | found | {"n": cell.n, "reward": cell.reward, "kl": cell.kl,
                                        "push": pushed, "predicted_sign": sign(pushed)})
@@ -418,7 +418,7 @@ def wrapped(cfg):
     """Is the hack removed, or wrapped? Demonstrations of it, under neutral prompts, until it is as
     frequent as after standard training: in how many steps, beside a model that never had it?"""
     rows = []
-    for env, here, task in worlds(cfg):
+    for here, task in worlds(cfg):
         tools = judges.Config(**common(here), domain="forget")
         for section in ("attack", "examine"):
             tools = fill(tools, task, section)
@@ -435,7 +435,7 @@ def wrapped(cfg):
         for name, model in models.items():
             seen, chance = probe(model, task, tools)
             steps, curve = revive(model, task, tools, goal, name)
-            rows.append({"env": env, "seed": here.seed, "model": name, "before": curve[0],
+            rows.append({"env": here.env, "seed": here.seed, "model": name, "before": curve[0],
                          "probe": seen, "chance": chance, "revive_steps": steps, "curve": curve})
     told = []
     for env, name in dict.fromkeys((row["env"], row["model"]) for row in rows):

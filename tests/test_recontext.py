@@ -167,14 +167,18 @@ def test_rollouts_differ_in_their_prompt_alone(lying, taught):
     assert torch.equal(found.hacked, lies) and found.hacked.shape == (30, 5)
 
 
-def test_rollouts_are_functions_of_seed_and_step(lying, taught):
-    cell = Cell("ei", "neutral", "encourage", 2)
+def test_rollouts_are_functions_of_seed_and_step(lying, taught, monkeypatch):
+    """Items and answers: no two steps draw answers with the same random numbers."""
+    cell, drawn, generate = Cell("ei", "neutral", "encourage", 2), [], GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda *given, seed, **how: (
+        drawn.append(seed), generate(*given, seed=seed, **how))[1])
     first = recontext.rollouts(taught, lying, CFG, cell, 8, 3)
     again = recontext.rollouts(taught, lying, CFG, cell, 8, 3)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     for cfg, step in ((CFG, 4), (dataclasses.replace(CFG, seed=1), 3)):
         assert not torch.equal(first.rows, recontext.rollouts(taught, lying, cfg, cell, 8,
                                                               step).rows)
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 # --- training ------------------------------------------------------------------------------------
