@@ -41,7 +41,8 @@ SIZES = {   # name: model, rows in a batch
     "124M": (GPTConfig(50304, 1024, 12, 12, 768), 16)}
 WANTED = {  # device: row: the least ratio, or share of the peak, to reach
     "cpu": {"step 0.8M": 2, "step 7M": 3, "peak 7M": 0.5, "generate 8": 15, "batch": 10,
-            "score": 20, "routed era": 0.8, "routed sgtm": 0.8, "rollouts metric": 10},
+            "score": 20, "routed era": 0.8, "routed sgtm": 0.8, "rollouts sycophancy": 10,
+            "rollouts metric": 10},
     "cuda": {"step 7M": 4, "peak 124M": 0.45}}
 
 
@@ -265,9 +266,10 @@ def bench_routed(cfg, rows):
               "ours": 30 / took[method]} for method in ("era", "sgtm")]
 
 
-def bench_rollouts(cfg, rows, size=512, n=4):
+def bench_rollouts(cfg, rows, size=512, n=4, few=32):
     """Rollouts/s of recontext.py's default, items and rewards included: answers of 2 and of 7
-    tokens. Plain: answers alone, in float32 and as many rows at once, but without a cache.
+    tokens. Plain: answers alone, in float32 and without a cache; prompt by prompt, as a first loop
+    does it, and (row `cache`) for all prompts at once.
     """
     device = train.hardware(cfg)[0]
     for env in ("sycophancy", "metric"):
@@ -279,16 +281,17 @@ def bench_rollouts(cfg, rows, size=512, n=4):
         prompts = recontext.rollouts(model, task, own, cell, size, 0).asked[..., :-length]
 
         @torch.no_grad()
-        def recompute():
-            idx = prompts.flatten(0, 1)
+        def recompute(idx):
             for _ in range(length):
                 new = torch.multinomial(model(idx)[:, -1].softmax(-1), 1)
                 idx = torch.cat((idx, new), 1)
 
-        took = in_turns(cfg, plain=recompute, ours=lambda: recontext.rollouts(
-            model, task, own, cell, size, 0))
-        rows.append({"row": f"rollouts {env}", "unit": "rollouts/s"} | {
-            way: size * n / seconds for way, seconds in took.items()})
+        took = in_turns(cfg, rollouts=lambda: [recompute(idx) for idx in prompts[:few]],
+                        cache=lambda: recompute(prompts.flatten(0, 1)),
+                        ours=lambda: recontext.rollouts(model, task, own, cell, size, 0))
+        for row, done in (("rollouts", few), ("cache", size)):
+            rows.append({"row": f"{row} {env}", "unit": "rollouts/s", "ours": size * n
+                         / took["ours"], "plain": done * n / took[row]})
 
 
 def bench_linear(cfg, rows, steps=240):

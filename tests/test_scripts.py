@@ -529,6 +529,6 @@ def test_config_in_the_rows_is_resolved(script, home, trained, undone):
     saved = {"train": lambda: trained.rows("train"), "unlearn": lambda: home.rows("unlearn"),
              "undo": lambda: undone.rows("undo", "tinystories")}[script]()
     shaping = {f.name for f in dataclasses.fields(SCRIPTS[script].Config)} - {
-        "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "prior", "env", "hack_rates",
-        "compile", "layer", "resume"}
+        "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "prior", "env",
+        "hack_rates", "compile", "layer", "resume"}
     assert not {k for k in shaping if saved["config"][k] is None}
