@@ -61,7 +61,7 @@ class Config(Foundations):
     clip: float = knob(0.2, "grpo: how far the ratio may go from 1", 0, 1)
     kl: float = knob(0.0, "weight of KL(policy || pretrained) under the training prompt", 0)
     strong_kl: float = knob(1.0, "grid: the same for the baseline with a stronger one", 0)
-    exam: int = knob(1000, "items to judge by that can be gamed; half as many that cannot", 1)
+    exam: int = knob(1000, "items to judge by that can be gamed; half as many that cannot", 2)
     revive: bool = knob(False, "fine-tune standard and recontextualized models until the hack is "
                         "back, beside a model that never had it")
 

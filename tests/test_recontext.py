@@ -430,6 +430,7 @@ def test_a_picture_of_the_grid(tmp_path):
     (["--hack_rates=0.1,0.2"], ["--hack_rates=0.1,0.2", "give three"]),
     (["--hack_rates=0.1,0.2,2"], ["--hack_rates=2.0"]), (["--n=0"], ["--n=0"]),
     (["--method=ppo"], ["--method=ppo"]), (["--group=1"], ["--group=1"]),
+    (["--exam=1"], ["--exam=1 must be at least 2"]),
     (["--task=pcfg"], ["--task=pcfg", "gaming"]),
     (["--grid=perhaps"], ["--grid=perhaps"]), (["--prior=low"], ["--prior", "gaming"])])
 def test_bad_knobs(arguments, culprits, tmp_path, capsys, monkeypatch):
