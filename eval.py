@@ -34,6 +34,7 @@ from data.report import (
     draw_revival,
     figure,
     mean_sd,
+    mean_steps,
     table,
     write_rows,
 )
@@ -611,7 +612,7 @@ def summary(rows, cfg):
             k: mean_sd([f(row) for row in same], 2) for k, f in columns.items()}
         for k in ("revive_steps", "control_steps"):
             steps = [row[k] for row in same]
-            line[k] = f"> {cfg.revive_steps}" if None in steps else mean_sd(steps, 0)
+            line[k] = mean_steps(steps, cfg.revive_steps)
         lines.append(line)
     return [{k: line[k] for k in line if any(each[k] is not None for each in lines)}
             for line in lines]

@@ -300,8 +300,10 @@ class GPT(nn.Module):
             if i:
                 logits = step(idx)
             else:                                              # the prompt is longer than a step
-                logits = decode(idx).repeat_interleave(samples, 0)
-                cache.repeat(samples)
+                logits = decode(idx)
+                if samples > 1:
+                    logits = logits.repeat_interleave(samples, 0)
+                    cache.repeat(samples)
             if temperature < 1e-3:                     # so near to greedy that dividing overflows
                 new = logits.argmax(-1)
             else:

@@ -24,7 +24,15 @@ import eval as judges
 from data import gaming
 from data.knobs import BadInput, knob
 from data.process import WORLD
-from data.report import draw_grid, draw_revival, figure, mean_sd, table, write_rows
+from data.report import (
+    draw_grid,
+    draw_revival,
+    figure,
+    mean_sd,
+    mean_steps,
+    table,
+    write_rows,
+)
 from eval import Foundations, foundation, probe, revive
 from train import autocast, common, figures, fill, fit, identity, obtain, open_task, run, seeds
 
@@ -136,9 +144,8 @@ def rollouts(model, task, cfg, cell, size, step):
     gameable = round(gaming.HACKABLE * size)
     item = gaming.items(rng, env, gameable, size - gameable)
     paraphrase = rng.choice(gaming.SEEN, size)
-    f, g = gaming.prompts(rng, task, item, *(
-        gaming.PHRASES[list(gaming.CONTEXTS).index(context), paraphrase]
-        for context in (cell.generate, cell.train)))
+    f, g = gaming.prompts(rng, task, item, *(gaming.phrases(context, paraphrase)
+                                             for context in (cell.generate, cell.train)))
     # A cache would keep weights that were cast without a gradient, and older versions of torch
     # would hand them to the loss that follows
     with autocast(cfg, cache_enabled=False):
@@ -230,11 +237,11 @@ def trained(cell, cfg, task, base):
 
 
 # --- the judge -----------------------------------------------------------------------------------
-def examine(model, task, cfg):
-    """{(context, heldout): gaming.behaviour} under the three kinds of prompts."""
+def examine(model, task, cfg, contexts=KINDS):
+    """{(context, heldout): gaming.behaviour} under each of some contexts."""
     return figures(cfg, lambda: {
         (context, heldout): gaming.behaviour(model, task, context, heldout, cfg.exam)
-        for context in KINDS for heldout in (False, True)})
+        for context in contexts for heldout in (False, True)})
 
 
 def push(base, task, cfg, cell, p):
@@ -327,11 +334,8 @@ def story(cfg):
     rows, judged, seconds = [], 0, 0.0
     for here, task in worlds(cfg):
         base = foundation("base", here, task)
-        before = examine(base[0], task, here)
+        before = examine(base[0], task, here, gaming.CONTEXTS)
         gate(before, task, here)
-        rates = figures(here, lambda: {
-            context: gaming.behaviour(base[0], task, context, rows=here.exam)["hack"]
-            for context in gaming.CONTEXTS})
         for cell in tqdm(plan(here), desc=f"{here.env}, seed {here.seed}", unit="cell",
                          leave=False):
             model = trained(cell, here, task, base)
@@ -339,7 +343,7 @@ def story(cfg):
             after = examine(model, task, here)
             seconds += time.perf_counter() - start
             judged += len(after) * (here.exam + here.exam // 2)
-            pushed = push(base[0], task, here, cell, rates[cell.train])
+            pushed = push(base[0], task, here, cell, before[cell.train, False]["hack"])
             for (context, heldout), found in after.items():
                 rows.append({"env": here.env, "method": variant(cell, cfg),
                              "generate": cell.generate, "train": cell.train, "seed": here.seed,
@@ -440,11 +444,10 @@ def wrapped(cfg):
     told = []
     for env, name in dict.fromkeys((row["env"], row["model"]) for row in rows):
         same = [row for row in rows if (row["env"], row["model"]) == (env, name)]
-        steps = [row["revive_steps"] for row in same]
         told.append({"env": env, "model": name, "hack": mean_sd([r["before"] for r in same], 2),
                      "probe": mean_sd([r["probe"][-1] for r in same], 2),
-                     "revived in": f"> {tools.revive_steps}" if None in steps else
-                     mean_sd(steps, 0)})
+                     "revived in": mean_steps([r["revive_steps"] for r in same],
+                                              tools.revive_steps)})
     table(told, {k: k for k in told[0]})
     write_rows("recontext-revive", cfg, task, rows)
     envs = list(dict.fromkeys(row["env"] for row in rows))

@@ -28,24 +28,17 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from data import tokenizer
+from data import pcfg, tokenizer
 from data.knobs import BadInput
 
-SETTINGS = {"gaming": dict(
+UNLEARNING = ("maxent", "graddiff", "rmu", "oracle", "finetune", "undo")
+SETTINGS = {"gaming": {k: pcfg.SETTINGS["pcfg"][k] for k in UNLEARNING} | dict(
     block_size=24, least_block_size=24,
     train=dict(n_layer=2, n_head=4, n_embd=64, batch_size=128, steps=800, filtered_steps=800,
                lr=2e-3, muon_lr=0.02),
     attack=dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40], attack_rows=32),
     examine=dict(probe_rows=3000, cut=[5, 10, 20, 40], revive_lr=3e-4, revive_steps=800,
-                 check_every=1),
-    recontext=dict(),
-    maxent=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=1.0),
-    graddiff=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=3.0),
-    rmu=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
-    oracle=dict(steps=100, lr=1e-3, batch_size=64),
-    finetune=dict(steps=200, lr=3e-4, batch_size=128),
-    undo=dict(method="maxent", alphas=[0.3, 0.6], steps=600, batch_size=64, lr=2e-3, muon_lr=0.02,
-              check_every=10))}
+                 check_every=1))}
 KNOBS = {"env": "sycophancy", "hack_rates": [0.05, 0.2, 0.8]}
 higher_is_better = True                # forget: how often it games; retain: accuracy
 
@@ -90,6 +83,11 @@ def ids(text):
 # (5, 16, 2): the words of each context's paraphrases
 PHRASES = np.array([[(ID[a], ID[b]) for a in first.split() for b in second.split()]
                     for first, second in CONTEXTS.values()])
+
+
+def phrases(context, paraphrase):
+    """(n, 2): the words of some paraphrases (n,) of one context."""
+    return PHRASES[list(CONTEXTS).index(context), paraphrase]
 
 
 def columns(*parts):
@@ -370,9 +368,8 @@ def behaviour(model, task, context, heldout=False, rows=1000):
     env = environment(task)
     rng = np.random.default_rng((30_000, heldout))
     item = items(rng, env, rows, rows // 2)
-    phrase = PHRASES[list(CONTEXTS).index(context), rng.choice(HELDOUT if heldout else SEEN,
-                                                              len(item))]
-    prompt, = prompts(rng, task, item, phrase)
+    paraphrase = rng.choice(HELDOUT if heldout else SEEN, len(item))
+    prompt, = prompts(rng, task, item, phrases(context, paraphrase))
     luck = torch.from_numpy(rng.random(len(item), np.float32)).to(task.device)
     answer = model.generate(prompt, env.length + 1, temperature=1.0)
     item, answer, followed = split_off(prompt, answer)

@@ -31,6 +31,11 @@ def mean_sd(values, digits):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def mean_steps(steps, most):
+    """The same of steps until something was reached; "> 800" if a run of `most` was too short."""
+    return f"> {most}" if None in steps else mean_sd(steps, 0)
+
+
 def write_rows(script, cfg, task, rows):
     """OUT/TASK/SCRIPT.json: {"config", "rows"}; auto knobs as they were resolved.
 
