@@ -38,6 +38,7 @@ from data.report import (
     table,
     write_rows,
 )
+from data.streams import seed_of, torch_stream
 from model import GPT, GPTConfig, norm, rotate
 from train import (
     Common,
@@ -52,6 +53,7 @@ from train import (
     open_task,
     path_of,
     pretrain,
+    read,
     run,
     seeds,
 )
@@ -65,6 +67,7 @@ class Attack(Common):
     lrs: list[float] | None = knob(None, "rates the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
     attack_rows: int | None = knob(None, "rows in a batch of the attack, and of revival", 1, 2**31)
+    attack_seeds: int = knob(2, "how often each rate is tried, on other rows; the mean counts", 1)
 
 
 @dataclass
@@ -144,23 +147,16 @@ def foundations(cfg, task):
 
 
 # --- fine-tuning, as an attack and as a test -----------------------------------------------------
-def mixture(task, shares, size, step, seed):
-    """A training batch of `size` rows, shares {split: share} of them from each of some splits."""
-    sizes = {split: round(share * size) for split, share in shares.items()}
-    sizes[max(sizes, key=sizes.get)] += size - sum(sizes.values())              # what rounding left
-    parts = [task.batch(split, n, step, seed) for split, n in sizes.items() if n]
-    return tuple(torch.cat(part) for part in zip(*parts))
-
-
 def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, **how):
-    """(a copy of model, fine-tuned by AdamW on a mixture of splits; fit's record).
+    """(a copy of model, fine-tuned by AdamW on batches of a split or of {split: share}; fit's
+    record).
 
     judge(copy)   figures to keep in the record's history; how: what else fit takes
     """
     copy = model.clone()
 
     def loss_fn(model, step):
-        return model(*mixture(task, shares, rows, step, seed))
+        return model(*task.batch(shares, rows, step, seed))
 
     record = fit(copy, loss_fn, cfg, steps, lr, name=name, tokens=rows * task.block_size,
                  evaluate=(lambda: judge(copy)) if judge else None, **how)
@@ -168,23 +164,24 @@ def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, *
 
 
 def relearn(model, task, cfg, name="model"):
-    """Attacks copies of a model: AdamW on forget data, once for each rate in cfg.lrs.
+    """Attacks copies of a model: AdamW on forget data, cfg.attack_seeds times for each rate in
+    cfg.lrs. The rows are the task's training rows, drawn anew.
 
-    returns  {"curves": {lr: {step: {"retain", "forget"}}},
-              "worst": {step: {"retain", "forget", "lr"}}}: the rate with the most forgotten skill
-              *at each step*, as an attacker who may stop when it suits him. cfg is an Attack whose
-              auto knobs are filled; steps are those of cfg.attack_steps.
+    returns  {"curves": {lr: {step: scores}}, means over the attack's seeds;
+              "worst": {step: scores and "lr"}}: the rate with the most forgotten skill *at each
+              step*, as an attacker who may stop when it suits him. cfg is an Attack whose auto
+              knobs are filled; steps are those of cfg.attack_steps, scores Task.score's.
     """
     split = {"forget": "forget", "mixed": "all", "retain": "retain"}[cfg.attack]
-    seed = cfg.seed + 10_000                        # rows that the model has not been trained on
     curves = {}
     for lr in cfg.lrs:
-        _, record = tune(model, task, cfg, {split: 1}, cfg.attack_rows, max(cfg.attack_steps), lr,
-                         seed=seed, name=f"relearn {name} {lr:g}",
-                         evaluate_at=set(cfg.attack_steps),
-                         judge=lambda model: task.score(model, quick=True))
-        curves[lr] = {h["step"]: {k: h[k] for k in ("retain", "forget")}
-                      for h in record["history"]}
+        runs = [tune(model, task, cfg, split, cfg.attack_rows, max(cfg.attack_steps), lr,
+                     seed=seed_of("relearn", cfg.seed, i), name=f"relearn {name} {lr:g}",
+                     evaluate_at=set(cfg.attack_steps), judge=task.score)[1]["history"]
+                for i in range(cfg.attack_seeds)]
+        curves[lr] = {same[0]["step"]: {
+            k: sum(h[k] for h in same) / len(same) for k in same[0]
+            if k.startswith(("retain", "forget"))} for same in zip(*runs)}
     worst = {}
     for step in cfg.attack_steps:
         lr = cfg.lrs[0]
@@ -193,6 +190,27 @@ def relearn(model, task, cfg, name="model"):
                 lr = other
         worst[step] = curves[lr][step] | {"lr": lr}
     return {"curves": curves, "worst": worst}
+
+
+def attacked(worst):
+    """A row's figures of relearn()'s "worst", by step: {"relearned": forget score, "rates": the
+    worst rate}, and relearned_.. for each further forget_.. score, at that rate."""
+    figures = {"relearned": "forget", "rates": "lr"} | {
+        f"relearned_{k.removeprefix('forget_')}": k for k in next(iter(worst.values()))
+        if k.startswith("forget_")}
+    return {name: {str(step): at[k] for step, at in worst.items()} for name, k in figures.items()}
+
+
+def say_edges(rows, cfg, name="model"):
+    """One line where the worst rate is the smallest or largest of those tried, at the attack's last
+    step: then the grid is too small, and a rate beyond it may be worse. rows: with attacked()."""
+    last, found = str(cfg.attack_steps[-1]), {}
+    for row in rows:
+        if row["rates"][last] in (min(cfg.lrs), max(cfg.lrs)):
+            found.setdefault(row["rates"][last], {})[row[name]] = None
+    if len(cfg.lrs) > 1 and found:
+        print(f"note: after {last} steps the worst rate is at the edge of --lrs: " + "; ".join(
+            f"{lr:g} for {', '.join(names)}" for lr, names in found.items()))
 
 
 def robustness(method, unlearned, filtered):
@@ -204,8 +222,8 @@ def robustness(method, unlearned, filtered):
 
 
 def scored(model, task, cfg):
-    """{"retain", "forget"}, quickly."""
-    return figures(cfg, lambda: task.score(model, quick=True))
+    """{"retain", "forget", ..}: what is reported of a model, without finer figures."""
+    return figures(cfg, lambda: task.score(model))
 
 
 def revive(model, task, cfg, goal, name="model"):
@@ -220,10 +238,10 @@ def revive(model, task, cfg, goal, name="model"):
     curve = {0: scored(model, task, cfg)}
     if there(curve[0]):
         return 0, {0: curve[0][cfg.domain]}
-    _, record = tune(model, task, cfg, {cfg.domain: 1}, cfg.attack_rows, cfg.revive_steps,
-                     cfg.revive_lr, seed=cfg.seed + 10_000, name=f"revive {name}", stop=there,
-                     evaluate_at=range(0, cfg.revive_steps, cfg.check_every),
-                     judge=lambda model: task.score(model, (cfg.domain,), quick=True))
+    _, record = tune(model, task, cfg, cfg.domain, cfg.attack_rows, cfg.revive_steps,
+                     cfg.revive_lr, seed=seed_of("revive", cfg.seed), name=f"revive {name}",
+                     stop=there, evaluate_at=range(0, cfg.revive_steps, cfg.check_every),
+                     judge=lambda model: task.score(model, (cfg.domain,)))
     curve |= {h["step"]: h for h in record["history"]}
     return (record["steps"] if there(record["history"][-1]) else None,
             {step: h[cfg.domain] for step, h in curve.items()})
@@ -231,26 +249,33 @@ def revive(model, task, cfg, goal, name="model"):
 
 # --- looking inside ------------------------------------------------------------------------------
 @torch.no_grad()
-def answers(model, task, cfg, part, seed):
-    """([(N, C)], (N,)): each block's residual where a target is to come, normalised as the model's
-    own readout sees it, and the targets."""
-    idx, targets = task.batch(cfg.domain, cfg.probe_rows, 0, seed, part)
+def before_answers(model, task, cfg, part):
+    """([(N, C)], (N,)): each block's residual where an answer is to come, normalised as the model's
+    own readout sees it, and the answers. N: all targets of cfg.probe_rows rows of a part of
+    cfg.domain's data; or, where the task says which are answers, those."""
+    idx, targets = task.whole(cfg.domain, cfg.probe_rows, 0, seed_of("probe", cfg.seed), part)
+    which = getattr(task.module, "answers", lambda task, idx, targets: targets >= 0)(
+        task, idx, targets)
     seen = []
-    for some in idx.split(250):
+    for some, here in zip(idx.split(250), which.split(250)):
         with autocast(cfg):
             stream = model.residuals(some)[1:]
-        seen.append([norm(x[:, -targets.size(1):].float()).flatten(0, 1) for x in stream])
-    return [torch.cat(parts) for parts in zip(*seen)], targets.flatten()
+        seen.append([norm(x[:, -targets.size(1):].float())[here] for x in stream])
+    return [torch.cat(parts) for parts in zip(*seen)], targets[which]
 
 
 def probe(model, task, cfg, decay=1e-5):
-    """A linear probe of each block's residual for the token that comes next in cfg.domain's rows:
-    multinomial logistic regression with weight decay (Jain et al. 2023, section 5).
+    """A linear probe of each block's residual for the answers in cfg.domain's rows (where the task
+    has none, for every next token): multinomial logistic regression with weight decay (Jain et al.
+    2023, section 5). Fitted on training rows.
 
-    returns  ([accuracy by block] on held-out rows, that of always saying the commonest token)
+    returns  ([accuracy by block] on held-out rows, that of always giving the commonest answer)
     """
-    there, right = answers(model, task, cfg, "train", cfg.seed + 40_000)
-    unseen, truth = answers(model, task, cfg, "val", cfg.seed + 40_000)
+    there, right = before_answers(model, task, cfg, "train")
+    unseen, truth = before_answers(model, task, cfg, "test")
+    if not len(right) or not len(truth):
+        raise BadInput(f"--probe_rows={cfg.probe_rows}: no answer stands in these rows of "
+                       f"{task.name}, give more")
     kinds, classes = torch.unique(torch.cat((right, truth)), return_inverse=True)
     right, truth = classes.split((len(right), len(truth)))
     found = []
@@ -275,7 +300,8 @@ def saliency(model, task, cfg, rows=256):
     writes. To first order it is how much that loss falls when the neuron is cut out: its gradient
     by a factor at the neuron's output (Jain et al. 2023, section 5; Molchanov et al. 2016).
     """
-    config, idx = model.config, task.batch(cfg.domain, rows, 0, cfg.seed + 50_000)
+    config, idx = model.config, task.whole(cfg.domain, rows, 0, seed_of("saliency", cfg.seed),
+                                           "train")
     factor = torch.ones(config.n_layer, config.n_units, device=task.device, requires_grad=True)
 
     def hook(site, i, h):
@@ -307,7 +333,7 @@ def prune(model, task, cfg):
              those after cutting K random neurons, cfg.draws times
     """
     harm, found = saliency(model, task, cfg), {}
-    generator = torch.Generator().manual_seed(cfg.seed)
+    generator = torch_stream("random neurons", cfg.seed)
     for K in cfg.cut:
         chance = [scored(without(model, torch.rand(harm.shape, generator=generator).to(harm), K),
                          task, cfg) for _ in range(cfg.draws)]
@@ -333,7 +359,7 @@ def examine(model, task, cfg, goal, name):
     seen, chance = probe(model, task, cfg)
     steps, curve = revive(model, task, cfg, goal, name)
     with autocast(cfg):
-        scores = task.score(model)
+        scores = task.score(model, finer=True)
     return scores | {"probe": seen, "chance": chance, "pruned": prune(model, task, cfg),
                      "revive_steps": steps, "curve": curve}
 
@@ -341,7 +367,7 @@ def examine(model, task, cfg, goal, name):
 # --- the judges ----------------------------------------------------------------------------------
 def judge_score(cfg, task, model):
     with autocast(cfg):
-        found = task.score(model)
+        found = task.score(model, finer=True)
     table([{"figure": k, "value": v} for k, v in found.items()],
           {"figure": cfg.model, "value": ""})
     write_rows("score", cfg, task, [{"model": cfg.model} | found])
@@ -376,9 +402,9 @@ def judge_sample(cfg, task, model):
 
 
 def untrained(model, seed):
-    """A model of the same size that knows nothing."""
+    """A model of the same size that knows nothing, with weights of its own: none began there."""
     copy = model.clone()
-    copy.init_weights(seed)
+    copy.init_weights(torch_stream("weights", "untrained", seed))
     return copy
 
 
@@ -429,17 +455,33 @@ def judge_revive(cfg, task, model):
 
 
 def known(name, cfg, task):
-    return load(path_of(name, cfg), task)[0]
+    model = load(path_of(name, cfg), task)[0]
+    if model.config.block_size < task.block_size:
+        raise BadInput(f"{path_of(name, cfg)} reads rows of {model.config.block_size} tokens at "
+                       f"most, not of {task.block_size}: give --block_size="
+                       f"{model.config.block_size}")
+    return model
 
 
 VERDICTS = ((1 / 3, "hides"), (2 / 3, "weakens"), (float("inf"), "removes"))
+
+
+def verdict(steps, control, limit):
+    """What revival says of a model; None where the control's says nothing. steps and control: None
+    for more than `limit`."""
+    if steps == 0:
+        return "has it"
+    if control == 0:
+        return None
+    share = (limit if steps is None else steps) / (limit if control is None else control)
+    return next(word for most, word in VERDICTS if share < most)
 
 
 def cross_examine(cfg, task):
     """Every model under every tool: which of them hide the capability, and which remove it?
 
     Judged by revival alone: in less than a third of the control's steps it was hidden; in more than
-    two thirds removed.
+    two thirds removed. A control that has the capability from the start cannot tell.
     """
     folder = Path(cfg.out) / cfg.task
     names = cfg.models or sorted(path.stem for path in folder.glob("*.pt")
@@ -452,11 +494,12 @@ def cross_examine(cfg, task):
     for name, model in models.items():
         short = Path(name).name.removesuffix(".pt")
         rows.append({"model": short} | examine(model, task, cfg, goal, short))
-    most, K = rows[1]["revive_steps"] or cfg.revive_steps, cfg.cut[-1]
+    K, most = cfg.cut[-1], rows[1]["revive_steps"]
     for row in rows:
-        share = (row["revive_steps"] or cfg.revive_steps) / most
-        row["verdict"] = "has it" if row["revive_steps"] == 0 else next(
-            word for limit, word in VERDICTS if share < limit)
+        row["verdict"] = verdict(row["revive_steps"], most, cfg.revive_steps)
+    if most == 0:
+        print(f"note: the control, {rows[1]['model']}, has the capability itself, so that there is "
+              f"nothing to compare with: no verdicts; choose another --control")
     table([row | {"probe": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
                   "random": row["pruned"][K][f"random_{cfg.domain}"],
                   "steps": f"> {cfg.revive_steps}" if row["revive_steps"] is None else
@@ -505,8 +548,8 @@ def tuned(name, shares, lr, cfg, task, base):
     made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
                  "steps": cfg.tune_steps, "rows": cfg.tune_rows, "seed": cfg.seed}
     return obtain(name, cfg, task, made_with, lambda keep: tune(
-        base[0], task, cfg, shares, cfg.tune_rows, cfg.tune_steps, lr, seed=cfg.seed + 20_000,
-        name=name, keep=keep))
+        base[0], task, cfg, shares, cfg.tune_rows, cfg.tune_steps, lr,
+        seed=seed_of("fine-tune", cfg.seed), name=name, keep=keep))
 
 
 def jailbroken(cell, lr, cfg, task, base):
@@ -638,7 +681,7 @@ def draw_wrapper(axes, rows, task):
 
 def show_attention(axes, task, models):
     """Where the last token of one question looks, by block and head. models: two of {name: GPT}."""
-    idx, _ = task.batch("forget", 1, 0, 60_000, "val")
+    idx, _ = task.batch("forget", 1, 0, seed_of("attention"), "test")
     tokens = ["" if i == task.end else task.tokenizer.decode([i]) for i in idx[0].tolist()]
     for ax, (name, model) in zip(axes, models.items()):
         heads = torch.cat([attention(model, idx, i)[0, :, -1] for i in range(len(model.blocks))])
@@ -677,9 +720,9 @@ def compiled(cfg, task):
                 "plus one": pcfg.accuracy(model, task, "relabelled+1")}
 
     def taught(model, split, figure):
-        return tune(model, task, own, {split: 1}, 128, cfg.revive_steps, cfg.rate, seed=own.seed,
-                    name=figure, judge=judge, evaluate_at=range(cfg.revive_steps),
-                    stop=lambda at: at[figure] == 1)
+        return tune(model, task, own, split, 128, cfg.revive_steps, cfg.rate,
+                    seed=seed_of(f"compiled, {figure}", own.seed), name=figure, judge=judge,
+                    evaluate_at=range(cfg.revive_steps), stop=lambda at: at[figure] == 1)
 
     rows = []
     for own in seeds(cfg):
@@ -687,7 +730,7 @@ def compiled(cfg, task):
                                 n_units=4)).to(task.device).double()
         pcfg.compile_counter(counter, task, cfg.quiet)
         wrapped, record = taught(counter, "relabelled+1", "plus one")
-        idx, targets = task.batch("forget", 100, 0, own.seed + 60_000, "val")
+        idx, targets = task.batch("forget", 100, 0, seed_of("one weight", own.seed), "val")
         shares = prune_each(wrapped, counter, lambda model: (
             model(idx)[:, -1].argmax(-1) == targets[:, 0]).float().mean().item())
         _, name, i, j = shares[0]
@@ -721,6 +764,14 @@ JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample
           "probe": judge_probe, "prune": judge_prune, "revive": judge_revive}
 
 
+def as_long_as(cfg):
+    """cfg with rows as long as the model that is judged reads, unless it names a length."""
+    path = path_of(cfg.reference if cfg.what == "examine" else cfg.model, cfg)
+    if cfg.block_size or cfg.what in ("wrapper", "compiled") or not path.exists():
+        return cfg
+    return dataclasses.replace(cfg, block_size=read(path)[0].config.block_size)
+
+
 def main(cfg):
     if cfg.task is None:
         cfg = dataclasses.replace(cfg, task="pcfg" if cfg.what in ("wrapper", "compiled") else
@@ -728,14 +779,12 @@ def main(cfg):
     tells = {"wrapper": ("pcfg", "instruct"), "compiled": ("pcfg",)}.get(cfg.what, data.TASKS)
     if cfg.task not in tells:
         raise BadInput(f"--what={cfg.what} tells of {' and '.join(tells)}, not of {cfg.task}")
-    task = open_task(cfg, writes=cfg.what in STORIES)
+    task = open_task(as_long_as(cfg), writes=cfg.what in STORIES)
     for section in ("attack", "examine", *["wrapper"] * (cfg.what == "wrapper")):
         cfg = fill(cfg, task, section)
     if cfg.what in STORIES:
         return STORIES[cfg.what](cfg, task)
-    model = known(cfg.model, cfg, task)
-    task.block_size = model.config.block_size         # judged on rows as long as it reads
-    JUDGES[cfg.what](cfg, task, model)
+    JUDGES[cfg.what](cfg, task, known(cfg.model, cfg, task))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.disk import read_sealed, write_sealed
+from data.streams import torch_stream
 
 LOGITS = 2**24          # most logits held at once (64 MB in float32): larger losses go by chunks
 
@@ -195,12 +196,12 @@ class GPT(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, seed=None):
-        """wte normal(0, .02); qkv and up uniform with std 1/sqrt(C); proj and down zero.
+    def init_weights(self, generator=None):
+        """wte normal(0, .02); qkv and up uniform with std 1/sqrt(C); proj and down zero. They are
+        a function of the torch.Generator that is given.
 
         With both output projections at zero every block starts as the identity.
         """
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.wte.weight.copy_(0.02 * torch.randn(self.wte.weight.shape, generator=generator))
         for block in self.blocks:
             for w in (block.attn.qkv.weight, block.mlp.up.weight):
@@ -288,7 +289,7 @@ class GPT(nn.Module):
         idx = prompts if torch.is_tensor(prompts) else torch.tensor(
             [[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         cache = KVCache(longest + max_new_tokens, pad)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch_stream("tokens", seed, device=device)
         done = torch.zeros(B * samples, dtype=torch.bool, device=device)
 
         def decode(idx):                                       # only the last column is unembedded

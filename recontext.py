@@ -33,8 +33,21 @@ from data.report import (
     table,
     write_rows,
 )
+from data.streams import seed_of, stream
 from eval import Foundations, foundation, probe, revive
-from train import autocast, common, figures, fill, fit, identity, obtain, open_task, run, seeds
+from train import (
+    autocast,
+    common,
+    counting_flops,
+    figures,
+    fill,
+    fit,
+    identity,
+    obtain,
+    open_task,
+    run,
+    seeds,
+)
 
 KINDS = ("discourage", "neutral", "encourage")
 
@@ -140,17 +153,17 @@ class Rollouts(NamedTuple):
 def rollouts(model, task, cfg, cell, size, step):
     """Fresh items under paraphrases f(x) of cell.generate, answers sampled at temperature 1."""
     env = gaming.environment(task)
-    rng = np.random.default_rng((cfg.seed, step, 77))
-    gameable = round(gaming.HACKABLE * size)
-    item = gaming.items(rng, env, gameable, size - gameable)
+    rng = stream("rollouts", cfg.seed, step)
+    gameable, harmless = gaming.gameable_of(size, rng)
+    item = gaming.items(rng, env, gameable, harmless)
     paraphrase = rng.choice(gaming.SEEN, size)
     f, g = gaming.prompts(rng, task, item, *(gaming.phrases(context, paraphrase)
                                              for context in (cell.generate, cell.train)))
     # A cache would keep weights that were cast without a gradient, and older versions of torch
     # would hand them to the loss that follows
     with autocast(cfg, cache_enabled=False):
-        answer = model.generate(f, env.length + 1, temperature=1.0, seed=int(rng.integers(2**31)),
-                                samples=cell.n)
+        answer = model.generate(f, env.length + 1, temperature=1.0, samples=cell.n,
+                                seed=seed_of("answers", cfg.seed, step))
     luck = torch.from_numpy(rng.random(len(answer), np.float32)).to(task.device)
     f, g = (prompt.repeat_interleave(cell.n, 0) for prompt in (f, g))
     item, body, _ = gaming.split_off(f, answer)
@@ -171,13 +184,16 @@ def penalty(log_probs, rows, reference, kl):
 
 
 def expert_iteration(model, reference, task, cfg, cell):
-    """Rounds of supervised learning on the best of n answers. Trains model; returns the record."""
+    """Rounds of supervised learning on the best of n answers. Trains model; returns the record,
+    whose FLOPs are those of fit() and of the rollouts."""
     n = gaming.environment(task).length + 1
     record = {"steps": 0, "flops": 0, "seconds": 0.0, "history": []}
     for turn in range(cfg.rounds):
-        found = rollouts(model, task, cfg, cell, cfg.prompts, turn)
+        with counting_flops() as counter:
+            found = rollouts(model, task, cfg, cell, cfg.prompts, turn)
+        record["flops"] += counter.get_total_flops()
         best = found.rows[torch.arange(cfg.prompts), found.reward.argmax(1)]     # of equals, one
-        rng = np.random.default_rng((cfg.seed, turn, 78))
+        rng = stream("order of answers", cfg.seed, turn)
         order = np.concatenate([rng.permutation(cfg.prompts) for _ in range(cfg.epochs)])
         batches = best[torch.from_numpy(order).to(task.device)].split(cfg.batch_size)
 
@@ -247,31 +263,44 @@ def examine(model, task, cfg, contexts=KINDS):
 def push(base, task, cfg, cell, p):
     """Where the first update pushes the hack's logit: the mean of w (h - p) over answers of the
     pretrained model, on items that can be gamed. h: whether the answer games; p: P(hack) under the
-    training prompt; w: the answer's weight in the update. Its sign is the rule's prediction.
+    training prompt; w: the weight in the cell's loss of the token that decides between the two, the
+    answer's first that is not its thanks. Its sign is the rule's prediction.
 
     For expert iteration w picks the best of n, so that this is q_g - p_t, where q_g is the share of
-    hacks among what was selected. For policy gradient w is the advantage, times the ratio where a
-    clip lets it through.
+    hacks among what was selected. For policy gradient w is the advantage, times the token's ratio
+    where the clip lets it through.
     """
     env = gaming.environment(task)
     found = rollouts(base, task, cfg, cell, 1024, 10_000)
     if cell.method == "ei":
         w = F.one_hot(found.reward.argmax(1), cell.n) * cell.n
     else:
-        w = advantages(found.reward)
-    if cell.method == "grpo-clip":
-        with torch.no_grad(), autocast(cfg):
-            new, old = (of_tokens(answers(base, rows.flatten(0, 1), env.length + 1),
-                                  rows.flatten(0, 1)).sum(-1).view_as(w)
-                        for rows in (found.rows, found.asked))
-        ratio = (new - old).exp()
-        w = w * ratio * torch.where(w > 0, ratio < 1 + cfg.clip, ratio > 1 - cfg.clip)
+        w = weights(base, cfg, cell, found, env.length + 1).view(*found.reward.shape)
     return (w[:len(found.hacked)] * (found.hacked.float() - p)).mean().item()
+
+
+def weights(base, cfg, cell, found, n):
+    """(answers,): minus the derivative of a policy gradient's loss by the log-probability of each
+    answer's deciding token, in units of 1 / tokens. n: tokens of an answer, thanks included."""
+    rows, asked = found.rows.flatten(0, 1), found.asked.flatten(0, 1)
+    with torch.no_grad(), autocast(cfg):
+        new, old = (of_tokens(answers(base, some, n), some) for some in (rows, asked))
+    new, advantage = new.requires_grad_(), advantages(found.reward).flatten()
+    loss = (ratio_one(new, advantage) if cell.method == "grpo-ratio1" else
+            cross_prompt_clip(new, old, advantage, cfg.clip))
+    by_token, = torch.autograd.grad(loss, new)
+    thanks_first = (rows[:, -n] == gaming.ID["thanks"]).long()
+    return -by_token.numel() * by_token.gather(1, thanks_first[:, None])[:, 0]
 
 
 def sign(x):
     """-1, 0 or 1; a difference of hack rates below 0.02 is noise, and counts as 0."""
     return int(np.sign(x)) * (abs(x) >= 0.02)
+
+
+def came_true(row):
+    """Whether P(hack) under neutral prompts went where the push said."""
+    return row["predicted_sign"] == sign(row["hack"] - row["hack_before"])
 
 
 # --- the story -----------------------------------------------------------------------------------
@@ -353,6 +382,10 @@ def story(cfg):
                                        "push": pushed, "predicted_sign": sign(pushed)})
     told = summary(rows)
     table(told, {k: k for k in told[0]})
+    told = [row for row in rows if row["evaluate"] == "neutral" and not row["heldout"]]
+    moved = [came_true(row) for row in told if row["predicted_sign"]]
+    print(f"sign rule: came true in {sum(moved)} of {len(moved)} cells and seeds; for "
+          f"{len(told) - len(moved)} more its push is below 0.02, and it predicts nothing")
     print(f"answers judged at {judged / seconds:,.0f} rollouts/s")
     write_rows("recontext", cfg, task, rows)
     draw(cfg, rows)
@@ -381,9 +414,8 @@ def summary(rows):
                      | line(first, "_before") | {"push": None, "rule": None})
         for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in here):
             same = [row for row in here if tuple(row[k] for k in labels) == cell]
-            moved = [(row["predicted_sign"], sign(row["hack"] - row["hack_before"]))
-                     for row in same if at(row, "neutral") and row["predicted_sign"]]
-            right = f"{sum(a == b for a, b in moved)}/{len(moved)}" if moved else None
+            moved = [came_true(row) for row in same if at(row, "neutral") and row["predicted_sign"]]
+            right = f"{sum(moved)}/{len(moved)}" if moved else None
             lines.append(dict(zip(labels, cell)) | line(same) | {
                 "push": mean(same, "push", "neutral"), "rule": right})
     return lines

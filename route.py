@@ -30,10 +30,12 @@ from data.gridworld import CELLS, DIAMOND, DISCOUNT, GHOST, HORIZON, NOTHING
 from data.knobs import BadInput, knob
 from data.process import RANK, WORLD
 from data.report import figure, mean_sd, table, write_rows
-from eval import Attack, relearn
+from data.streams import seed_of, stream, torch_stream
+from eval import Attack, attacked, relearn, say_edges
 from model import GPT, cross_entropy
 from train import (
     autocast,
+    counting_flops,
     figures,
     fill,
     fit,
@@ -102,11 +104,12 @@ class Hold:
     """Masks on parameters, for fit(): entries that are held in a step get no gradient, and neither
     momentum nor weight decay moves them (Shilov et al. 2025, section 3; in their code both do).
 
-    A loss function sets .held, [(parameter, bool mask)], at every step.
+    A loss function sets .held, [(parameter, bool mask)], at every step, and once .pieces, if Muon
+    is to take parts of matrices for matrices of their own (see fit).
     """
 
     def __init__(self):
-        self.held = []
+        self.held, self.pieces = [], []
 
     @torch.no_grad()
     def after_backward(self):
@@ -127,6 +130,24 @@ def forget_part(model, heads, units):
             for w in (*block.head(slice(n - heads, n)), *block.units(slice(m - units, m)))]
 
 
+def pieces(model, heads, units):
+    """[(matrix, index)]: the blocks' matrices in rectangles of which each belongs to the forget
+    part, or to the retain part; of qkv, to one of q, k and v."""
+    C, n, m = model.config.n_embd, model.config.n_head, model.config.n_units
+    retain, every = C - heads * C // n, slice(None)
+    found = []
+    for block in model.blocks:
+        for begin in (0, C, 2 * C):
+            found += [(block.attn.qkv.weight, slice(begin, begin + retain)),
+                      (block.attn.qkv.weight, slice(begin + retain, begin + C))]
+        found += [(block.attn.proj.weight, (every, slice(retain))),
+                  (block.attn.proj.weight, (every, slice(retain, C))),
+                  (block.mlp.up.weight, slice(m - units)), (block.mlp.up.weight, slice(m - units, m)),
+                  (block.mlp.down.weight, (every, slice(m - units))),
+                  (block.mlp.down.weight, (every, slice(m - units, m)))]
+    return [(p, at) for p, at in found if p[at].numel()]
+
+
 @torch.no_grad()
 def ablate(model, heads, units):
     """Removes the forget part for good."""
@@ -144,26 +165,30 @@ def silence(heads=None, units=None):
 
 
 # --- methods: each gives the loss function of one training run ------------------------------------
-# `task` is Task.labelled(): its splits are what the labeller says. hold is for fit().
+# `task` is Task.labelled(): its splits are what the labeller says. hold is for fit(). Methods of one
+# seed are compared in pairs: they begin from the same weights where their sizes are the same, and
+# draw the rows of a split from the same stream.
+
+def rows_of(cfg):
+    """The seed of all batches that route.py trains on."""
+    return seed_of("route", cfg.seed)
+
 
 def base(model, task, cfg, hold):
     """Learns from everything. So does `expanded`, the control: as wide as era, nothing routed."""
-    return lambda model, step: model(*task.batch("all", cfg.batch_size, step, cfg.seed))
+    return lambda model, step: model(*task.batch("all", cfg.batch_size, step, rows_of(cfg)))
 
 
 def filtered(model, task, cfg, hold):
     """Learns from what is not labelled forget."""
-    return lambda model, step: model(*task.batch("retain", cfg.batch_size, step, cfg.seed))
+    return lambda model, step: model(*task.batch("retain", cfg.batch_size, step, rows_of(cfg)))
 
 
 def mixed(task, cfg, step):
-    """(idx, targets, how many rows from the front are labelled forget), as often as in the data."""
-    world = task.shard[1]                       # each process gets as many of them, and some others
-    share = cfg.batch_size * sum(task.shares("forget")) / world
-    n = world * min(max(1, round(share)), cfg.batch_size // world - 1)
-    forget = task.batch("forget", n, step, cfg.seed)
-    retain = task.batch("retain", cfg.batch_size - n, step, cfg.seed)
-    return *(torch.cat(pair) for pair in zip(forget, retain)), len(forget[0])
+    """(idx, targets, which rows are labelled forget: (B, 1) bool), as often as in the data."""
+    share = sum(task.shares("forget"))
+    which = {"forget": share, "retain": 1 - share}, cfg.batch_size, step, rows_of(cfg)
+    return *task.batch(*which), task.origins(*which)[:, None] == 0
 
 
 def era(model, task, cfg, hold):
@@ -181,8 +206,8 @@ def era(model, task, cfg, hold):
     new = torch.arange(model.config.n_units, device=task.device) >= 4 * model.config.n_embd
 
     def loss_fn(model, step):
-        idx, targets, n = mixed(task, cfg, step)
-        m = torch.cat((weight[targets[:n]], torch.ones_like(targets[n:])))[:, :, None]  # (B, T, 1)
+        idx, targets, forget = mixed(task, cfg, step)
+        m = torch.where(forget, weight[targets], 1.0)[:, :, None]                       # (B, T, 1)
         norms = []
 
         def hook(site, i, h):
@@ -200,9 +225,12 @@ def sgtm(model, task, cfg, hold):
     """Selective gradient masking (Shilov et al. 2025): every step sees one kind of data. Forget:
     the retain parameters are held. Labelled retain: the forget parameters are silenced and held.
     Unlabelled: nothing is masked, and what looks like forget data is absorbed by the forget part.
-    Embeddings learn from all.
+    Embeddings learn from all. Muon must take the parts for matrices of their own (pieces): it
+    orthogonalises a matrix as a whole, momentum and all, so that what the forget part has learned
+    would steer the retain part in every step that follows.
     """
     part = cfg.forget_heads, cfg.forget_units
+    hold.pieces = pieces(model, *part)
     marked = GPT(model.config).to(task.device)
     with torch.no_grad():
         for p in marked.parameters():
@@ -218,9 +246,9 @@ def sgtm(model, task, cfg, hold):
     shares = np.array([sum(task.shares(kind)) for kind in held])
 
     def loss_fn(model, step):
-        kind = np.random.default_rng((cfg.seed, step)).choice(list(held), p=shares / shares.sum())
+        kind = list(held)[stream("kind of step", cfg.seed, step).choice(3, p=shares / shares.sum())]
         hold.held = held[kind]
-        return model(*task.batch(kind, cfg.batch_size, step, cfg.seed),
+        return model(*task.batch(kind, cfg.batch_size, step, rows_of(cfg)),
                      hook=quiet if kind == "sure" else None)
 
     return loss_fn
@@ -237,9 +265,8 @@ def demix(model, task, cfg, hold):
     of = experts(model, task.device)
 
     def loss_fn(model, step):
-        idx, targets, n = mixed(task, cfg, step)
-        forget = torch.arange(len(idx), device=idx.device)[:, None, None] < n
-        units = torch.where(forget, of["forget"], of["retain"])                  # (B, 1, n_units)
+        idx, targets, forget = mixed(task, cfg, step)
+        units = torch.where(forget[:, :, None], of["forget"], of["retain"])      # (B, 1, n_units)
         return model(idx, targets, hook=silence(units=units))
 
     return loss_fn
@@ -252,9 +279,6 @@ NO_LABELS = ("base", "expanded")         # the same model at every label fractio
 
 def check_part(cfg):
     """BadInput where nothing would be left of the model, or nothing be routed."""
-    if cfg.batch_size < 2 * WORLD:
-        raise BadInput(f"--batch_size={cfg.batch_size} must be at least {2 * WORLD}: forget and "
-                       f"retain rows in each process")
     if "sgtm" in cfg.methods:
         for knob, own, all_ in (("forget_heads", cfg.forget_heads, cfg.n_head),
                                 ("forget_units", cfg.forget_units, 4 * cfg.n_embd)):
@@ -272,20 +296,20 @@ def part_of(method, cfg):
 
 
 # --- language: unlearning by ablation -------------------------------------------------------------
-def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
+def calibrated(model, task, cfg, hooks=None):
     """{"retain", "forget"}: held-out losses (nats per token) once the logits are calibrated, and
     the same {"retain_raw", "forget_raw"} as the model stands. hooks: {domain: the model's hook}.
 
     A model that never saw a language is sure that it will not occur; its loss there, far above
-    ln(vocabulary), measures that. So a bias on the logits, one number a token, is trained on both
-    domains, retain counting `weight` times as in Shilov et al. 2025 (section 4): what is still lost
-    on the forget data is not known.
+    ln(vocabulary), measures that. So a bias on the logits, one number a token, is trained on as many
+    rows of both domains: what is still lost on the forget data is not known. (Shilov et al. 2025,
+    section 4, let retain count 100 times; then a model that knows both languages, and needs no
+    calibration, is moved, too: its bias says that the forget language hardly occurs.)
     """
     hooks, seen, losses = hooks or {}, [], {}
     with torch.no_grad(), autocast(cfg):
         for domain in ("retain", "forget"):
-            tokens = task.rows(f"{domain}_train", 32, 0, seed=20_000)
-            idx, targets = tokens[:, :-1], tokens[:, 1:]
+            idx, targets = task.whole(domain, 64, 0, seed_of("calibrate"), "train")
             x = model.residuals(idx, hook=hooks.get(domain))[-1]
             seen.append((model.unembed(x).float().flatten(0, 1), targets.flatten()))
     bias = torch.zeros(task.vocab_size, device=task.device, requires_grad=True)
@@ -294,7 +318,7 @@ def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
     def closure():
         optimizer.zero_grad()
         retain, forget = (F.cross_entropy(logits + bias, targets) for logits, targets in seen)
-        loss = retain + forget / weight
+        loss = retain + forget
         loss.backward()
         return loss
 
@@ -304,22 +328,24 @@ def calibrated(model, task, cfg, hooks=None, rows=128, weight=100.0):
     optimizer.step(closure)
     with autocast(cfg):
         for domain in ("retain", "forget"):
-            how = {"rows": rows, "hook": hooks.get(domain)}
+            how = {"hook": hooks.get(domain)}
             losses[domain] = task.loss(model, domain, **how, criterion=criterion)
             losses[f"{domain}_raw"] = task.loss(model, domain, **how)
     return losses
 
 
 def cohere(model, task, cfg, name):
-    """A copy, fine-tuned on 64 retain rows up to the step that is best on held-out retain data:
-    mends what ablation unsettled (Cloud et al. 2024, section 4.2)."""
-    copy, kept, rows = model.clone(), [], task.batch("sure", 64, 0, cfg.seed)
+    """A copy, fine-tuned on 64 rows labelled retain up to the step that is best on held-out rows
+    labelled so, which are not reported: mends what ablation unsettled (Cloud et al. 2024, section
+    4.2)."""
+    copy, kept = model.clone(), []
+    rows = task.batch("sure", 64, 0, seed_of("cohere", cfg.seed))
 
     def keep():
         kept.append({k: v.clone() for k, v in copy.state_dict().items()})
 
     def evaluate():
-        return {"retain": task.loss(copy, "retain", 32)}
+        return {"retain": task.loss(copy, "sure", 32, "val")}
 
     keep()
     losses = [figures(cfg, evaluate)]
@@ -356,11 +382,13 @@ def trained(method, fraction, task, cfg):
 
     def make(keep):
         extra = 0 if method == "sgtm" else part_of(method, cfg)[1]
-        model, hold = new_model(cfg, task, extra), Hold()
-        record = fit(model, LOSSES[method](model, task, cfg, hold), cfg, cfg.steps, cfg.lr,
+        model, hold = new_model(cfg, task, "route", extra), Hold()
+        loss_fn = LOSSES[method](model, task, cfg, hold)
+        record = fit(model, loss_fn, cfg, cfg.steps, cfg.lr,
                      cfg.muon_lr, name=name, decay=0.8, keep=keep,
                      tokens=cfg.batch_size * task.block_size,
-                     after_backward=hold.after_backward, after_step=hold.after_step)
+                     after_backward=hold.after_backward, after_step=hold.after_step,
+                     pieces=hold.pieces)
         return model, record
 
     return obtain(name, cfg, task, made_with, make)
@@ -385,8 +413,7 @@ def examine(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=Non
             "retain_before": before["retain"], "retain": after["retain"],
             "retain_finetuned": finetuned["retain"], "forget_before": before["forget"],
             "forget": after["forget"], "forget_finetuned": finetuned["forget"],
-            "retain_raw": after["retain_raw"], "forget_raw": after["forget_raw"],
-            "relearned": {str(step): at["forget"] for step, at in worst.items()}}
+            "retain_raw": after["retain_raw"], "forget_raw": after["forget_raw"]} | attacked(worst)
 
 
 def posthoc(fraction, truth, task, cfg, base):
@@ -484,6 +511,7 @@ def language(cfg):
                "retain": "ablated", "retain_finetuned": "tuned", "forget_before": "forget",
                "forget": "ablated", "forget_finetuned": "tuned", "forget_raw": "raw"}
     table(summary(rows, cfg), columns | {f"after {s}": f"after {s}" for s in cfg.attack_steps})
+    say_edges(rows, cfg, "method")
     write_rows("route-language", cfg, task, rows)
     with figure("route-language", cfg, 3) as axes:
         if axes is not None:
@@ -498,16 +526,17 @@ def steered(name, ids, task, cfg):
     """(model, record): at positions whose next token is one of ids, the residual of the middle
     layers passes gradient through dimension LANE alone (Cloud et al. 2024, section 4.1.2).
 
-    name   "routed", or "control": the same training without the mask
+    name   "routed", or "control": the same training, from the same weights and on the same rows,
+           without the mask
     """
     middle = middle_layers(cfg)
     lane = torch.arange(cfg.n_embd, device=task.device) == LANE
 
     def make(keep):
-        model = new_model(cfg, task)
+        model = new_model(cfg, task, "steer")
 
         def loss_fn(model, step):
-            idx, targets = task.batch("all", cfg.batch_size, step, cfg.seed)
+            idx, targets = task.batch("all", cfg.batch_size, step, seed_of("steer", cfg.seed))
             m = (lane | ~torch.isin(targets, ids)[:, :, None])                       # (B, T, C)
 
             def hook(site, i, h):
@@ -538,7 +567,7 @@ def measure(model, ids, task, cfg):
     along = rows[:, LANE] / rows.norm(dim=1)                     # cosine with the dimension, (V,)
     sign = along[ids[along[ids].abs().argmax()]].sign()          # up is where the token is
     order = (sign * along).argsort(descending=True)
-    idx, targets = task.batch("all", 64, 0, 0, "val")
+    idx, targets = task.batch("all", 64, 0, seed_of("held out"), "test")
     layer = middle_layers(cfg)[-1]
     length = model(idx, residual=layer + 1).float().norm(dim=-1).mean()
     up = F.one_hot(torch.tensor(LANE), rows.size(1)).to(task.device) * sign * length * cfg.push
@@ -703,7 +732,8 @@ def judge_digits(model, x, low):
 
 
 def digits(cfg):
-    """The split autoencoder: three settings, or with --ablations the paper's ten."""
+    """The split autoencoder: three settings, or with --ablations the paper's ten. All settings of a
+    seed begin from the same weights and see the same images."""
     cfg = folder_for(cfg, handwritten.SETTINGS)
     device, parts = hardware(cfg)[0], handwritten.load(cfg.source, cfg.data_dir)
     (x, y), (x_val, y_val) = ((images.to(device), labels.to(device)) for images, labels in parts)
@@ -715,12 +745,12 @@ def digits(cfg):
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name in list(ABLATIONS)[:None if cfg.ablations else 3]:
             setting = SimpleNamespace(**SETTING | ABLATIONS[name])
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with torch.random.fork_rng(devices=[]):       # nn.Linear draws from torch's own stream
+                torch.set_rng_state(torch_stream("autoencoder", seed).get_state())
                 model = Autoencoder(setting, cfg.width).to(device)
 
             def loss_fn(model, step):
-                rng = np.random.default_rng((seed, step))
+                rng = stream("images", seed, step)
                 i = torch.from_numpy(rng.integers(0, len(x), cfg.batch_size)[RANK::WORLD])
                 return digits_loss(model, setting, x[i] / 127.5 - 1, y[i, None] < 5)
 
@@ -781,7 +811,7 @@ class Agent(nn.Module):
 
     def __init__(self, seed, method, width):
         super().__init__()
-        made, (self.routed, rule) = torch.Generator().manual_seed(seed), OVERSEERS[method]
+        made, (self.routed, rule) = torch_stream("agent", seed), OVERSEERS[method]
         self.gate = None
         self.value = started(made, 4 * CELLS, width, width, 1)
         self.diamond = started(made, 4 * CELLS, width, width, 4)
@@ -817,7 +847,7 @@ class Oversight:
     def __init__(self, method, world, level, seed, cfg):
         self.world, self.level, self.seed, self.rows = world, level, seed, cfg.batch_size
         self.device = hardware(cfg)[0]
-        self.agent = Agent(seed, method, cfg.width).to(self.device)
+        self.agent, self.flops = Agent(seed, method, cfg.width).to(self.device), 0  # of rollouts
         self.rule, self.parts = OVERSEERS[method][1], self.minibatches()
         told = {"any": False, "seen": world.seen}.get(self.rule, True)   # which Ghosts cost 1
         self.reward = 1.0 * (world.holds != NOTHING) - 2.0 * ((world.holds == GHOST) & told)
@@ -848,8 +878,10 @@ class Oversight:
         """Without end: what loss() needs of one minibatch. Filtering has as many updates as others,
         from fewer rows."""
         for number in itertools.count():
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            played = self.rollout(generator)
+            generator = torch_stream("rollout", self.seed, number)
+            with counting_flops() as counter:
+                played = self.rollout(generator)
+            self.flops += counter.get_total_flops()
             label, parts = played[-1], round(len(played[-1]) / self.rows)
             used = (label != NOTHING if self.rule == "label" else label >= 0).nonzero()[:, 0]
             for _ in range(PPO["epochs"]):
@@ -884,9 +916,11 @@ class Oversight:
 def oversee(cfg, world, method, level, seed):
     """One run: its row. early is the return at the checkpoint that validated best."""
     run = Oversight(method, world, level, seed, cfg)
-    curve = fit(run.agent, lambda agent, step: run.loss(agent, *next(run.parts)),
+    with autocast(cfg):                 # the first rollout is no part of the first step, which is
+        parts = itertools.chain([next(run.parts)], run.parts)        # counted and charged to all
+    curve = fit(run.agent, lambda agent, step: run.loss(agent, *next(parts)),
                 dataclasses.replace(cfg, compile=False), cfg.steps, cfg.lr, decay=1.0,
-                name=f"{method} {level:g} {seed}", evaluate=run.evaluate,
+                name=f"{method} {level:g} {seed}", evaluate=run.evaluate, beside=lambda: run.flops,
                 evaluate_at=range(0, cfg.steps, -(-cfg.steps // 8)))["history"]
     return {"method": method, "oversight": level, "seed": seed, "return": curve[-1]["return"],
             "early": max(curve, key=lambda h: h["validation"])["return"], "history": curve}
@@ -916,15 +950,19 @@ def gridworld(cfg):
 
 
 def draw_gridworld(axes, cfg, of, steps):
-    """Return against oversight level, and learning curves at one level; bands are one deviation."""
+    """Return against oversight level, and learning curves at one level; bands are one standard
+    deviation of the sample, as in the table."""
+    def spread(seeds):
+        return seeds.std(0, ddof=1) if len(seeds) > 1 else 0 * seeds[0]
+
     shown = min(cfg.oversight, key=lambda p: abs(p - 0.03))
     for method in OVERSEERS:
         ends = [np.array(of(method, p)) for p in sorted(cfg.oversight)]
         curves = np.array([[h["return"] for h in history]
                            for history in of(method, shown, "history")])      # (seeds, steps)
         for ax, x, mean, sd in (
-                (axes[0], sorted(cfg.oversight), [e.mean() for e in ends], [e.std() for e in ends]),
-                (axes[1], steps, curves.mean(0), curves.std(0))):
+                (axes[0], sorted(cfg.oversight), [e.mean() for e in ends], [spread(e) for e in ends]),
+                (axes[1], steps, curves.mean(0), spread(curves))):
             mean, sd = np.array(mean), np.array(sd)
             ax.plot(x, mean, marker="o", markersize=4, label=method)
             ax.fill_between(x, mean - sd, mean + sd, alpha=0.15)

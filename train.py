@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from data.disk import alone, digest, remove_leftovers
 from data.knobs import BadInput, Minutes, knob
 from data.process import LOCAL_RANK, RANK, WORLD, anywhere, patience, run, together
 from data.report import figure, table, write_rows
+from data.streams import seed_of, torch_stream
 from model import GPT, GPTConfig, read_model, write_model
 
 say_once = cache(print)
@@ -172,20 +174,27 @@ def counting_flops():
     return FlopCounterMode(display=False, custom_mapping=cpu)
 
 
-def optimizers(model, lr, muon_lr):
-    """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all if muon_lr is 0."""
+def optimizers(model, lr, muon_lr, pieces=()):
+    """(Muon for the blocks' matrices and AdamW for the rest, or AdamW for all if muon_lr is 0;
+    [(leaf, matrix, piece)]: what Muon takes for matrices of their own, see fit).
+    """
     blocks = [p for p in model.blocks.parameters() if p.ndim == 2] if muon_lr else []
-    inside = {id(p) for p in blocks}
+    inside, apart = {id(p) for p in blocks}, {id(p) for p, _ in pieces}
     rest = [p for p in model.parameters() if id(p) not in inside]
     assert len(blocks) + len(rest) == len(list(model.parameters()))
     made = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
                               fused=rest[0].device.type in ("cuda", "cpu"))]
+    leaves = [(torch.nn.Parameter(p.detach()[at]), p, at) for p, at in pieces if id(p) in inside]
+    assert sum(leaf.numel() for leaf, *_ in leaves) == sum(
+        p.numel() for p in blocks if id(p) in apart)                       # each entry once
     if blocks:
-        made.append(torch.optim.Muon(blocks, lr=muon_lr, momentum=0.9, weight_decay=0.0))
+        made.append(torch.optim.Muon([p for p in blocks if id(p) not in apart]
+                                     + [leaf for leaf, *_ in leaves],
+                                     lr=muon_lr, momentum=0.9, weight_decay=0.0))
     for optimizer in made:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return made
+    return made, leaves
 
 
 @dataclass
@@ -200,27 +209,28 @@ class Run:
     the same to the last bit. Batches are functions of the step, so there is no other state.
     """
 
-    def __init__(self, model, cfg, lr, muon_lr):
+    def __init__(self, model, cfg, lr, muon_lr, pieces=()):
         self.model, self.cfg = model, cfg
         self.device, dtype, _ = hardware(cfg)
         self.autocast = autocast(cfg)           # one for all steps: asking what is there takes time
-        self.optimizers = optimizers(model, lr, muon_lr)
+        self.optimizers, self.leaves = optimizers(model, lr, muon_lr, pieces)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.steps = self.flops = 0
-        self.flops_per_step = None              # counted in the first step
+        self.steps = self.skipped = self.flops = 0
+        self.cost = None                        # FLOPs of (a loss with its gradients, an update)
         self.over = self.recorded = False
         self.seconds = 0.0
-        self.history, self.since = [], []       # since: [loss, gradient norm] of the last few steps
+        # since: [loss, gradient norm, whether it was skipped] of each of the last few steps
+        self.history, self.since = [], []
         self.saved, self.saved_at = 0, time.time()
 
     def record(self):
-        return {k: getattr(self, k) for k in ("steps", "flops", "seconds", "history")}
+        return {k: getattr(self, k) for k in ("steps", "skipped", "flops", "seconds", "history")}
 
     def save(self, keep):
         if RANK == 0:
             write_model(keep.path, self.model, keep.made_with, self.record(), run={
                 "optimizers": [o.state_dict() for o in self.optimizers],
-                "scaler": self.scaler.state_dict(), "flops_per_step": self.flops_per_step,
+                "scaler": self.scaler.state_dict(), "cost": self.cost, "skipped": self.skipped,
                 "since": [x.tolist() for x in self.since], "seconds": self.seconds,
                 "over": self.over})
         self.saved, self.saved_at = self.steps, time.time()
@@ -238,8 +248,8 @@ class Run:
                 optimizer.load_state_dict(state)
             self.scaler.load_state_dict(run["scaler"])
             self.since = [torch.tensor(x, device=self.device) for x in run["since"]]
-            self.over, self.flops_per_step, self.seconds = (
-                run[k] for k in ("over", "flops_per_step", "seconds"))
+            self.over, self.cost, self.skipped, self.seconds = (
+                run[k] for k in ("over", "cost", "skipped", "seconds"))
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise BadInput(f"{keep.path} is not the checkpoint of a run ({type(error).__name__}): "
                            f"--resume=false starts anew") from None
@@ -262,44 +272,59 @@ class Run:
         return every and self.steps % every == 0
 
     def step(self, loss_fn, model, after_backward, after_step, rate):
-        """One step of every optimizer at `rate` of its peak rate; nothing waits for the device."""
+        """One step of every optimizer at `rate` of its peak rate; nothing waits for the device,
+        but in the first step that is taken, in which FLOPs are counted."""
         if self.recorded:
             torch.compiler.cudagraph_mark_step_begin()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        with self.autocast:
-            loss = loss_fn(model, self.steps)
-        self.scaler.scale(loss).backward()
+        count = counting_flops if self.cost is None else nullcontext
+        with count() as forward_and_backward:
+            with self.autocast:
+                loss = loss_fn(model, self.steps)
+            self.scaler.scale(loss).backward()
+        for leaf, matrix, piece in self.leaves:
+            leaf.grad = None if matrix.grad is None else matrix.grad[piece]
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        skipped = torch.zeros_like(norm)
         if self.scaler.is_enabled():                # which skips steps whose gradients overflow
-            norm = torch.zeros_like(norm)
+            norm, skipped = skipped, (~norm.isfinite()).float()
         if after_backward:
             after_backward()
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        with count() as update:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.model.zero_grad()
         if after_step:
             after_step()
-        self.since.append(torch.stack((loss.detach().float(), norm.float())))
+        self.since.append(torch.stack((loss.detach().float(), norm.float(), skipped.float())))
         self.steps += 1
+        if self.cost is None and not (self.scaler.is_enabled() and skipped):
+            self.cost = [counter.get_total_flops() * WORLD
+                         for counter in (forward_and_backward, update)]
+
+    def spent(self):
+        """FLOPs of the steps so far. A step that was skipped costs all but its update."""
+        return self.steps * sum(self.cost) - self.skipped * self.cost[1] if self.cost else 0
 
     def loss(self, name, keep):
-        """Mean of the losses in self.since: here the host waits for the device.
+        """(mean of the losses in self.since, how many of them were skipped): here the host waits
+        for the device.
 
         BadInput when a loss or a gradient was not finite, or when the weights no longer are.
         """
         weights = get_total_norm(list(self.model.parameters())).detach()
-        seen = torch.stack([*self.since, weights.expand(2)])
+        seen = torch.stack([*self.since, weights.expand(3)])
         if WORLD > 1:
             dist.all_reduce(seen)
             seen /= WORLD
-        *seen, (weights, _) = seen.tolist()
-        numbers = [(what, value, self.steps - len(seen) + i + 1) for i, pair in enumerate(seen)
-                   for what, value in zip(("the loss", "the gradient's norm"), pair)]
+        *seen, (weights, *_) = seen.tolist()
+        numbers = [(what, value, self.steps - len(seen) + i + 1) for i, figures in enumerate(seen)
+                   for what, value in zip(("the loss", "the gradient's norm"), figures)]
         for what, value, step in [*numbers, ("the weights' norm", weights, self.steps)]:
             if not math.isfinite(value):
                 rates = ", ".join(f"{knob}={optimizer.param_groups[0]['lr']:.3g}" for
@@ -308,11 +333,12 @@ class Run:
                         if self.saved else "nothing was saved")
                 raise BadInput(f"{name}: {what} is {value} at step {step} with {rates}: try lower "
                                f"rates; {good}")
-        return sum(loss for loss, _ in seen) / len(seen)
+        return sum(loss for loss, *_ in seen) / len(seen), round(sum(skip for *_, skip in seen))
 
 
 def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, tokens=0, frozen=(),
-        evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None, keep=None):
+        evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None, pieces=(),
+        beside=lambda: 0, keep=None):
     """Trains model in place: the one loop of every technique.
 
     loss_fn(model, step)   a scalar loss; it draws its own batch, a function of the step
@@ -324,14 +350,20 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                            set or a range) and at the last
     stop(figures)          ends the run when it says so, after an evaluation
     after_backward()       may change gradients (masks); after_step() may restore parameters
+    pieces                 [(matrix, index)]: views that Muon takes for matrices of their own, so
+                           that the gradients of one do not reach another
+    beside()               FLOPs spent so far outside of the steps: rollouts made now and then
     keep                   a Keep: save checkpoints there, and go on from the one that is there
-    returns                {"steps", "flops", "seconds", "history": [{"step", "loss", ..}]}; flops
-                           count every matrix product of a step: forward, backward, frozen models,
-                           and Muon's orthogonalisation, but no evaluations
+    returns                {"steps", "skipped", "flops", "seconds", "history": [{"step", "loss",
+                           "flops", ..}]}. Skipped: steps whose gradients overflowed in float16.
+                           FLOPs are those of every matrix product that went into the model: of a
+                           loss (what it generates and frozen models included) and its gradients, of
+                           Muon's orthogonalisation in steps that were taken, and beside(); but of
+                           no evaluations. Those of a step are counted in the first that is taken
     raises                 BadInput when the loss, a gradient or the weights are no longer finite;
                            KeyboardInterrupt after SIGINT or SIGTERM, its checkpoint saved
     """
-    at = Run(model, cfg, lr, muon_lr)
+    at = Run(model, cfg, lr, muon_lr, pieces)
     if keep:
         at.resume(keep)
     whole = together(model) if WORLD > 1 else model
@@ -341,25 +373,21 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
         while not at.over:
             rate = min(1.0, (steps - at.steps) / (decay * steps)) if decay else 1.0
             do = loss_fn, whole, after_backward, after_step, rate
-            if at.flops_per_step is None:      # counted once, eagerly: every step costs the same
-                with counting_flops() as counter:
-                    at.step(*do)
-                at.flops_per_step = counter.get_total_flops() * WORLD
-            else:
-                if not compiled and should_compile(cfg, at.flops_per_step * steps / WORLD):
-                    at.compile([model, *frozen])
+            if at.cost and not compiled:                 # the first step is counted, eagerly
                 compiled = True
-                at.step(*do)
-            at.flops += at.flops_per_step
+                if should_compile(cfg, sum(at.cost) * steps / WORLD):
+                    at.compile([model, *frozen])
+            at.step(*do)
             bar.update()
             at.over, tenth = at.steps == steps, at.steps % 10 == 0
             written = at.over or at.steps in evaluate_at
             save = keep and at.due()
             if not (written or tenth or save or signals and WORLD == 1):
                 continue
-            loss = at.loss(name, keep)
+            loss, skipped = at.loss(name, keep)
             if written or tenth:
-                at.since = []
+                at.since, at.skipped = [], at.skipped + skipped
+            at.flops = at.spent() + beside()
             rate = bar.format_dict["rate"]
             bar.set_postfix_str(f"loss {loss:.3f}" + (f" {tokens * rate:,.0f} tokens/s"
                                                       if tokens and rate else ""), refresh=False)
@@ -490,15 +518,15 @@ def open_task(cfg, writes=True):
     return task
 
 
-def new_model(cfg, task, more_units=0):
-    """An untrained GPT, a function of the seed; more_units than the usual 4 C in each MLP."""
+def new_model(cfg, task, name, more_units=0):
+    """An untrained GPT, a function of name and seed; more_units than the usual 4 C in each MLP."""
     size = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd")}
     try:
         model = GPT(GPTConfig(task.vocab_size, task.block_size, **size,
                               n_units=4 * cfg.n_embd + more_units))
     except ValueError as error:
         raise BadInput(str(error)) from None
-    model.init_weights(cfg.seed)
+    model.init_weights(torch_stream("weights", name, cfg.seed))
     return model.to(task.device)
 
 
@@ -506,7 +534,8 @@ def pretrain(name, cfg, task):
     """base learns from retain and forget data; filtered, the gold standard, from retain alone.
 
     filtered_steps are set so that it is as good as base on retain data: what retraining with
-    perfect labels costs. It takes more retain rows than base sees, which learns from both.
+    perfect labels costs. It takes more retain rows than base sees, which learns from both. The two
+    share no random numbers: they begin from other weights and see other batches.
     """
     cfg = fill(cfg, task, "train")
     split = "all" if name == "base" else "retain"
@@ -516,15 +545,15 @@ def pretrain(name, cfg, task):
     made_with |= {"block_size": task.block_size, "split": split, "steps": steps}
 
     def make(keep):
-        model = new_model(cfg, task)
+        model, seed = new_model(cfg, task, name), seed_of(f"pretrain {name}", cfg.seed)
 
         def loss_fn(model, step):
-            return model(*task.batch(split, cfg.batch_size, step, cfg.seed))
+            return model(*task.batch(split, cfg.batch_size, step, seed))
 
         record = fit(model, loss_fn, cfg, steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
                      tokens=cfg.batch_size * task.block_size, keep=keep,
                      evaluate_at=range(0, steps, max(steps // 40, 1)),
-                     evaluate=lambda: task.score(model, ("retain",), quick=True))
+                     evaluate=lambda: task.score(model, ("retain",), "val"))
         return model, record
 
     return obtain(name, cfg, task, made_with, make)
@@ -537,7 +566,7 @@ def main(cfg):
     for name in ("base", "filtered") if cfg.name == "both" else (cfg.name,):
         model, record = pretrain(name, cfg, task)
         with autocast(cfg):
-            rows.append({"model": name} | task.score(model)
+            rows.append({"model": name} | task.score(model, finer=True)
                         | {"flops": record["flops"], "history": record["history"]})
     table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
     write_rows("train", cfg, task, rows)

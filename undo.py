@@ -16,7 +16,8 @@ import torch
 import unlearn
 from data.knobs import knob
 from data.report import draw_relearning, figure, mean_sd, table, write_rows
-from eval import AfterBase, foundations, relearn, robustness, within
+from data.streams import seed_of, torch_stream
+from eval import AfterBase, attacked, foundations, relearn, robustness, say_edges, within
 from train import (
     autocast,
     fill,
@@ -51,13 +52,13 @@ class Config(AfterBase):
 
 
 @torch.no_grad()
-def noise(model, alpha, beta, seed):
+def noise(model, alpha, beta, generator):
     """theta <- (1 - alpha) theta + alpha beta N, in place, over every parameter.
 
     N is Xavier-uniform for matrices, U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), and 0 for
-    vectors (Lee et al. 2025, section 4).
+    vectors (Lee et al. 2025, section 4). It must be independent of what the model began with: a
+    generator that its initialisation was drawn from would add a multiple of that.
     """
-    generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         N = torch.zeros(p.shape)
         if p.ndim == 2:
@@ -67,18 +68,21 @@ def noise(model, alpha, beta, seed):
 
 def distil(student, teacher, task, cfg, name, keep=None):
     """Forward KL(teacher || student) on the unlabelled mix until the student's retain score is
-    within cfg.tolerance of the teacher's. Returns fit's record, every teacher forward counted.
+    within cfg.tolerance of the teacher's, both on held-out data that is not reported; under labels,
+    on what is labelled retain. The batches are none that base was trained on, but drawn anew.
+    Returns fit's record, every teacher forward counted.
     """
     with torch.no_grad(), autocast(cfg):
-        goal = task.score(teacher, ("retain",), quick=True)["retain"]
+        goal = task.score(teacher, ("retain",), "val")["retain"]
+    seed = seed_of("distil", cfg.seed)
 
     def loss_fn(model, step):
-        idx, targets = task.batch("all", cfg.batch_size, step, cfg.seed)
+        idx, targets = task.batch("all", cfg.batch_size, step, seed)
         return imitate(model, teacher, idx, targets.size(1))
 
     record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
                  frozen=(teacher,), tokens=cfg.batch_size * task.block_size, keep=keep,
-                 evaluate=lambda: task.score(student, ("retain",), quick=True),
+                 evaluate=lambda: task.score(student, ("retain",), "val"),
                  evaluate_at=range(0, cfg.steps, max(cfg.check_every, cfg.steps // 100)),
                  stop=lambda at: within(at["retain"], goal, cfg.tolerance, task))
     if not within(record["history"][-1]["retain"], goal, cfg.tolerance, task):
@@ -99,9 +103,9 @@ def undo(alpha, cfg, task, teacher, teacher_record):
     def make(keep):
         student = teacher.clone()
         if alpha is None:
-            student.init_weights(cfg.seed + 1)
+            student.init_weights(torch_stream("weights", "distilled", cfg.seed))
         else:
-            noise(student, alpha, cfg.beta, cfg.seed)
+            noise(student, alpha, cfg.beta, torch_stream("noise", cfg.seed))
         record = distil(student, teacher, task, cfg, name, keep)
         record["flops"] += teacher_record["flops"]
         return student, record
@@ -112,6 +116,13 @@ def undo(alpha, cfg, task, teacher, teacher_record):
     if alpha is not None:
         made_with["beta"] = cfg.beta
     return obtain(name, cfg, task, made_with, make)
+
+
+def spent_until(retain, gold, task):
+    """FLOPs of the filtered run (its record) when it first was as good on retain data; if it never
+    was, all of them."""
+    return next((h["flops"] for h in gold["history"] if within(h["retain"], retain, 0.0, task)),
+                gold["flops"])
 
 
 def story(cfg, task):
@@ -133,43 +144,43 @@ def story(cfg, task):
     gold = filtered[1]
     for name, (model, record) in models.items():
         with autocast(cfg):
-            before = task.score(model)
+            before = task.score(model, finer=True)
         worst = relearn(model, task, cfg, name)["worst"]
         flops = 0 if name == "base" else record["flops"]
         retain = record["history"][-1]["retain"]            # as the filtered run was scored too
-        reached = [h["flops"] for h in gold["history"] if within(h["retain"], retain, 0.0, task)]
-        rows.append({"model": name, "seed": cfg.seed} | before | {
-            "relearned": {str(step): at["forget"] for step, at in worst.items()},
+        rows.append({"model": name, "seed": cfg.seed} | before | attacked(worst) | {
             "flops": flops, "compute_pct": 100 * flops / gold["flops"],
-            "compute_pct_matched": 100 * flops / (reached[0] if reached else gold["flops"])})
+            "compute_pct_matched": 100 * flops / spent_until(retain, gold, task)})
     relearned = {row["model"]: row["relearned"] for row in rows}
     for row in rows:
         row["robustness"] = {step: robustness(row["relearned"][step], relearned[cfg.method][step],
                                               relearned["filtered"][step])
                              for step in row["relearned"]}
+        row["robustness_mean"] = None if None in row["robustness"].values() else (
+            statistics.mean(row["robustness"].values()))
     return rows
 
 
 def summary(rows, cfg):
     """One dict a model, ready for the table: mean over seeds, and +- the standard deviation."""
     def figures(row):
-        return {k: row[k] for k in ("retain", "forget", "compute_pct", "compute_pct_matched")} | {
-            f"relearned {s}": v for s, v in row["relearned"].items()} | {
-            f"robustness {s}": v for s, v in row["robustness"].items()}
+        return {k: row[k] for k in ("retain", "forget", "forget_heldout_pairs", "compute_pct",
+                                    "compute_pct_matched", "robustness_mean") if k in row} | {
+            f"{what} {s}": v for what in ("relearned", "relearned_heldout_pairs", "robustness")
+            for s, v in row.get(what, {}).items()}
 
     lines = []
     for name in dict.fromkeys(row["model"] for row in rows):
         same = [figures(row) for row in rows if row["model"] == name]
         line = {"model": name}
         for key in same[0]:
-            digits = 0 if key.startswith("compute") else 2 if cfg.seeds > 1 else 3
-            line[key] = mean_sd([f[key] for f in same], digits)
+            line[key] = mean_sd([f[key] for f in same], 0 if key.startswith("compute") else 2)
         lines.append(line)
     return lines
 
 
-def draw(axes, rows, task, cfg, step):
-    """Left: relearning curves. Right: robustness at one attack step against compute."""
+def draw(axes, rows, task, cfg):
+    """Left: relearning curves; dotted: on pairs never shown. Right: robustness against compute."""
     names = list(dict.fromkeys(row["model"] for row in rows))
 
     def mean(name, figure):
@@ -177,9 +188,9 @@ def draw(axes, rows, task, cfg, step):
         return None if None in values else statistics.mean(values)
     draw_relearning(axes[0], task, {n: {s: mean(n, lambda r: r["relearned"][str(s)] if s else
                     r["forget"]) for s in (0, *cfg.attack_steps)} for n in names if n != "base"})
-    axes[0].set_title("Attacked, who remembers?")
+    axes[0].set_title("Relearning curves under attack")
     students = [n for n in names if n.startswith("undo-")] + ["distilled"]
-    points = [(mean(n, lambda r: r["compute_pct"]), mean(n, lambda r: r["robustness"][str(step)]))
+    points = [(mean(n, lambda r: r["compute_pct"]), mean(n, lambda r: r["robustness_mean"]))
               for n in students]
     if all(y is not None for _, y in points):
         points = [(x, 100 * y) for x, y in points]
@@ -193,7 +204,8 @@ def draw(axes, rows, task, cfg, step):
         axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")
         axes[1].legend(fontsize=9, loc="lower right")
     axes[1].set(xlabel="compute after pretraining (% of retraining without the data)",
-                ylabel=f"robustness after {step} steps (%)", title="What robustness costs")
+                ylabel="robustness, mean over the attack's steps (%)",
+                title="Robustness against compute")
 
 
 def main(cfg):
@@ -205,14 +217,18 @@ def main(cfg):
         rows += story(own, task)
     step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
-    table(summary(rows, cfg), {"model": "model", "retain": "retain", "forget": "forget"}
+    last, lines = cfg.attack_steps[-1], summary(rows, cfg)
+    unseen = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}"}
+    table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | {f"relearned {s}": f"after {s}" for s in shown}
-          | {f"robustness {step}": f"robust@{step}", "compute_pct": "compute %",
-             "compute_pct_matched": "matched %"})
+          | {k: header for k, header in unseen.items() if k in lines[0]}
+          | {f"robustness {step}": f"robust@{step}", "robustness_mean": "robust",
+             "compute_pct": "compute %", "compute_pct_matched": "matched %"})
+    say_edges(rows, cfg)
     write_rows("undo", cfg, task, rows)
     with figure("undo", cfg, 2) as axes:
         if axes is not None:
-            draw(axes, rows, task, cfg, step)
+            draw(axes, rows, task, cfg)
 
 
 if __name__ == "__main__":

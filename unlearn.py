@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from data.knobs import BadInput, knob
 from data.report import draw_relearning, figure, table, write_rows
-from eval import AfterBase, foundations, mixture, relearn, within
+from data.streams import seed_of, torch_stream
+from eval import AfterBase, attacked, foundations, relearn, say_edges, within
 from train import (
     autocast,
     fill,
@@ -94,9 +95,8 @@ def rmu(model, forget, retain, reference, cfg):
     c cfg.steer lengths of h0; both terms are in units of h0's length.
     """
     layer = cfg.layer or (reference.config.n_layer + 1) // 2
-    generator = torch.Generator().manual_seed(cfg.seed)
-    u = torch.rand(reference.config.n_embd, generator=generator).to(forget[0].device)
-    u = F.normalize(u, dim=0)
+    u = torch.rand(reference.config.n_embd, generator=torch_stream("steering vector", cfg.seed))
+    u = F.normalize(u, dim=0).to(forget[0].device)
     with torch.no_grad():
         h0 = reference(retain[0], residual=layer).float()
         length = h0.norm(dim=-1).mean()
@@ -149,13 +149,13 @@ def sweep(cfg, task, base, attempt):
     All attempts are paid for: the record's FLOPs are their sum.
     """
     with autocast(cfg):
-        retain = task.score(base, ("retain",), quick=True)["retain"]
+        retain = task.score(base, ("retain",), "val")["retain"]
     tried = []
     for lr in cfg.sweep:
         model, record = attempt(lr)              # outside autocast: fit() has its own
         kept = within(record["history"][-1]["retain"], retain, 0.02, task)
         with autocast(cfg):
-            tried.append((kept, task.loss(model, "forget"), lr, model, record))
+            tried.append((kept, task.loss(model, "forget", 64, "val"), lr, model, record))
     kept, forget_loss, lr, model, record = max(tried, key=lambda t: t[:2])
     print(f"sweep: rate {lr:g}, forget loss {forget_loss:.2f}" + (
         "" if kept else "; no rate kept the retain score within 2% of base's"))
@@ -173,17 +173,18 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
     cfg = dataclasses.replace(cfg, lr=rate(cfg, task))
     reference = filtered if cfg.method == "oracle" else base
     half, shares = max(cfg.batch_size // 2, 1), retain_shares(cfg, task)
+    seed = seed_of(f"unlearn by {cfg.method}", cfg.seed)
 
     def loss_fn(model, step):
-        forget = task.batch("forget", half, step, cfg.seed)
-        retain = mixture(task, shares, half, step, cfg.seed)
+        forget = task.batch("forget", half, step, seed)
+        retain = task.batch(shares, half, step, seed)
         return LOSSES[cfg.method](model, forget, retain, reference, cfg)
 
     def attempt(lr, keep=None):
         model = base.clone()
         record = fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
                      tokens=2 * half * task.block_size, frozen=(reference,),
-                     evaluate=lambda: task.score(model, quick=True), keep=keep)
+                     evaluate=lambda: task.score(model, part="val"), keep=keep)
         return model, record
 
     def make(keep):
@@ -230,13 +231,16 @@ def main(cfg):
     rows = []
     for name, (model, record, knobs) in models.items():
         with autocast(cfg):
-            before = task.score(model)
+            before = task.score(model, finer=True)
         worst = relearn(model, task, given[0], name)["worst"]
-        rows.append({"model": name} | before | {"flops": record["flops"], "relearned": {
-            str(step): at["forget"] for step, at in worst.items()}} | knobs)
-    flat = [row | row["relearned"] for row in rows]
+        rows.append({"model": name} | before | {"flops": record["flops"]} | attacked(worst) | knobs)
+    flat = [row | row["relearned"] | {"unseen": row.get("relearned_heldout_pairs", {}).get(
+        str(given[0].attack_steps[-1]))} for row in rows]
     table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
-          | {str(step): f"after {step}" for step in given[0].attack_steps})
+          | {str(step): f"after {step}" for step in given[0].attack_steps}
+          | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}
+             if flat[0]["unseen"] is not None else {}))
+    say_edges(rows, given[0])
     write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
     with figure("unlearn", cfg, 1) as axes:
         if axes is not None:

@@ -3,22 +3,30 @@
 A task is a file in this folder. Its text lies on disk, or is made as it is asked for. It has
   SETTINGS              what suits it: model size, steps, rates (for knobs set to auto)
   KNOBS                 the load() arguments that shape its text, with their defaults
-  score(model, task, domains, quick) what a model knows: {"retain": .., "forget": .., finer figures}
+  score(model, task, domains, part, finer)   what a model knows: see Task.score
   higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
   check(knobs)          if it has any that need it: BadInput for values that cannot be
 and, on disk,
   documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   EXTRA                 names of splits to fine-tune on besides retain and forget, if it has any
+  answers(task, idx, targets)   (B, n) bool: which targets a probe reads; if not all of them
 or, made as it is asked for,
   encoding(block_size)  its tokenizer
   batch(task, split, size, step, seed, part)   see Task.batch
 On disk, data/<task>/: tokenizer.json, one .bin of uint16 tokens a split, meta.json with checksums.
 The .bin files are memory-mapped: they may be larger than memory.
+
+A batch is cut from one of three parts of the data:
+  train   what models learn from
+  val     held out; what training looks at to decide something: when to stop, which rate, which step
+  test    held out; what is reported. The first half of each held-out file is val, the second test
 """
 import copy
 import hashlib
 import importlib
 import json
+import sys
+from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +34,15 @@ import torch
 from tqdm import tqdm
 
 from data import tokenizer
-from data.disk import alone, digest, remove_leftovers, sha256, write
+from data.disk import alone, digest, fingerprint, remove_leftovers, sha256, write
 from data.knobs import BadInput
+from data.streams import allot, seed_of, stream
 
 TASKS = {"arithmetic": "arithmetic", "language": "language", "tinystories": "tinystories",
          "bilingual": "tinystories", "instruct": "instruct", "pcfg": "pcfg",
          "gaming": "gaming"}                                                   # name -> file
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
+SOURCES = ("source", "source2")
 FOLDER = Path(__file__).parent
 RESIDENT = 4 << 30           # bytes: on a GPU, data up to this size is kept there
 
@@ -59,6 +69,7 @@ class Task:
 
     def __init__(self, name, folder, meta, block_size=None, device="cpu"):
         self.name, self.module, self.device = name, module(name), torch.device(device)
+        self.folder, self.meta = folder, meta
         self.settings, self.splits = self.module.SETTINGS[name], splits_of(self.module)
         self.higher_is_better = self.module.higher_is_better
         self.block_size = block_size or self.settings["block_size"]
@@ -73,22 +84,40 @@ class Task:
             self.open(folder)
 
     def open(self, folder):
-        """Maps the files, and finds where their texts begin."""
+        """Maps the files, and finds where their rows may begin."""
         self.files = {s: open(folder / f"{s}.bin", "rb") for s in self.splits}
-        sizes = {s: len(self.tokens(s)) for s in self.splits}
+        sizes, T = {s: len(self.tokens(s)) for s in self.splits}, self.block_size
         for split, size in sizes.items():
-            enough(self.name, split, size, self.block_size)
-        self.starts = {s: np.flatnonzero(self.tokens(s)[:-self.block_size] == self.end)
-                       for s in self.splits} if self.settings.get("aligned") else {}
-        for split, starts in self.starts.items():
-            enough(self.name, split, self.block_size + len(starts), self.block_size)
+            enough(self.name, split, size, T)
+        self.starts = {s: np.flatnonzero(self.tokens(s)[:-T] == self.end) if
+                       self.settings.get("aligned") else range(sizes[s] - T) for s in self.splits}
+        # {(file, part): the first of its starts that rows of a part begin at, and one behind the
+        # last}; no row of val reaches into test
+        self.range = {(s, "train"): (0, len(self.starts[s])) for s in self.splits}
+        for s in self.splits:
+            if s.endswith("_val"):
+                middle, at = sizes[s] // 2, self.starts[s]
+                self.range[s, "val"] = 0, bisect_left(at, middle - T)
+                self.range[s, "test"] = bisect_left(at, middle), len(at)
+        for (split, part), (first, last) in self.range.items():
+            if first >= last:
+                raise BadInput(f"{self.name}: no row of {T} tokens begins with a text in {split}"
+                               f"{f', {part}' * (part != 'train')}: give a longer --source or a "
+                               f"smaller --block_size")
         self.forget_share = sizes["forget_train"] / (sizes["retain_train"] + sizes["forget_train"])
         self.pools = {"retain": [("retain", 0, 1)], "forget": [("forget", 0, 1)],
                       "all": [("retain", 0, 1), ("forget", 0, 1)]} | {      # see labelled()
                           name: [(name, 0, 1)] for name in getattr(self.module, "EXTRA", ())}
+        self.truth = self.pools
         self.resident = {}
         if self.device.type == "cuda" and 2 * sum(sizes.values()) <= RESIDENT:
             self.keep_on_device()
+
+    def with_rows_of(self, block_size):
+        """This task with rows of another length."""
+        if block_size == self.block_size:
+            return self
+        return Task(self.name, self.folder, self.meta, block_size, self.device)
 
     def tokens(self, split):
         """A split's tokens, (N,) uint16. Mapped anew each time: pages once read would stay in
@@ -102,14 +131,15 @@ class Task:
         self.columns = torch.arange(self.block_size + 1, device=self.device)
 
     def labelled(self, fraction, false_positives=0.0, sure=1.0):
-        """This task as an imperfect labeller sees it: a copy whose training batches go by labels.
+        """This task as an imperfect labeller sees it: a copy whose batches go by labels.
 
         fraction          share of the forget texts that are labelled forget (recall)
         false_positives   share of the retain texts that are labelled forget, too
         sure              share of the retain texts that are labelled retain, of those left
         Its splits are then forget (so labelled), retain (all others: what filtering keeps), sure
         (labelled retain), unlabelled (neither), and all. Texts are in random order on disk, so that
-        a label is a stretch of a file. Held-out batches and scores go by the truth, as ever.
+        a label is a stretch of a file. What training looks at (val) goes by labels, too; what is
+        reported (test) by the truth.
         """
         view, wrong, sure = copy.copy(self), false_positives, min(sure, 1 - false_positives)
         view.pools = self.pools | {
@@ -137,46 +167,62 @@ class Task:
         """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
 
         Where only the last n tokens of a row are to be learned, targets are (B, n): theirs.
-        split   retain | forget | all, one of labelled()'s or of the task's EXTRA. A row never mixes
-                domains; in `all` the first rows are retain, the rest forget, in the proportion of
-                the data. Rows of short texts (settings["aligned"]) begin where a text does: no
-                question without its facts.
-        part    train | val
-        Where several processes train together, self.shard = (rank, how many) of them, each gets
-        every so manieth row of a training batch.
+        split   retain | forget | all, one of labelled()'s or of the task's EXTRA; or several,
+                {split: share of the rows}. A row never mixes domains; how many rows each gets is
+                drawn, right on average for any share and size (see streams.allot). Rows of short
+                texts (settings["aligned"]) begin where a text does: no question without its facts.
+        part    train | val | test
+        Where several processes train together, self.shard = (rank, how many) of them, and the n-th
+        of them gets the n-th row of a training batch and every world-th from there on.
         """
         rank, world = self.shard if part == "train" else (0, 1)
         if size % world:
             raise BadInput(f"a batch of {size} rows does not divide over {world} processes: "
                            f"choose another --batch_size")
+        if isinstance(split, dict):
+            drawn = [self.whole(name, n, step, seed, part)
+                     for name, n in zip(split, self.sizes(split, size, step, seed)) if n]
+            idx, targets = (torch.cat(pieces) for pieces in zip(*drawn))
+        else:
+            idx, targets = self.whole(split, size, step, seed, part)
+        return idx[rank::world], targets[rank::world]
+
+    def sizes(self, shares, size, step, seed):
+        """How many rows of batch(shares, ..), before it is divided, are from each split."""
+        return allot(list(shares.values()), size, stream("sizes", *shares, seed, step))
+
+    def origins(self, shares, size, step, seed):
+        """(B,) int64: which of the splits, counted from 0, each row of batch(shares, ..) is from.
+        """
+        rank, world = self.shard
+        which = np.repeat(np.arange(len(shares)), self.sizes(shares, size, step, seed))
+        return torch.from_numpy(which[rank::world]).to(self.device)
+
+    def whole(self, split, size, step, seed, part):
+        """A batch of one split, not yet divided over processes."""
         if self.generated:
-            idx, targets = self.module.batch(self, split, size, step, seed, part)
-            return idx[rank::world], targets[rank::world]
-        pieces, sizes = [(split, 0, 1)], [size]
-        if split == "all":
-            forget = round(size * self.forget_share)
-            pieces, sizes = self.pools[split], [size - forget, forget]
-        elif part == "train":
-            pieces, shares = self.pools[split], np.array(self.shares(split))
-            sizes = np.random.default_rng((seed, step)).multinomial(size, shares / shares.sum())
-        rows = torch.cat([self.rows(f"{domain}_{part}", n, step, seed, *stretch)
-                          for (domain, *stretch), n in zip(pieces, sizes) if n])[rank::world]
+            return self.module.batch(self, split, size, step, seed, part)
+        pieces, sizes = (self.truth if part == "test" else self.pools)[split], [size]
+        if len(pieces) > 1:
+            sizes = allot(self.shares(split), size, stream("pieces", split, seed, step))
+        rows = torch.cat([self.rows(*piece, n, part, stream("rows", split, i, part, seed, step))
+                          for i, (piece, n) in enumerate(zip(pieces, sizes)) if n])
         return rows[:, :-1], rows[:, 1:]
 
-    def rows(self, split, size, step, seed, begin=0, end=1):
-        """(size, T + 1) tokens of a split, int64, from the stretch of it between two shares."""
-        T, tokens = self.block_size, self.resident[split] if self.resident else self.tokens(split)
-        rng = np.random.default_rng((seed, step, self.splits.index(split)))
-        starts = self.starts.get(split, range(len(tokens) - T))
-        first, last = round(begin * len(starts)), round(end * len(starts))
+    def rows(self, domain, begin, end, size, part, rng):
+        """(size, T + 1) tokens, int64: rows of a domain's part, from between two shares of it."""
+        split = f"{domain}_{'train' if part == 'train' else 'val'}"
+        tokens = self.resident[split] if self.resident else self.tokens(split)
+        first, last = self.range[split, part]
+        first, last = (round(first + share * (last - first)) for share in (begin, end))
         if first == last:
             raise BadInput(f"{self.name}: no row of {split} begins in its share {begin:g} to "
                            f"{end:g}: give more text or other label fractions")
         start = rng.integers(first, last, size)
-        if self.starts:
+        if self.settings.get("aligned"):
             start = self.starts[split][start]
         if not self.resident:
-            rows = tokens[start[:, None] + np.arange(T + 1)].astype(np.int64)
+            rows = tokens[start[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
             return torch.from_numpy(rows).to(self.device)
         start = torch.from_numpy(start)
         if self.device.type == "cuda":
@@ -185,7 +231,7 @@ class Task:
         return rows.long() & 0xFFFF                       # back from int16 to uint16's values
 
     @torch.no_grad()
-    def loss(self, model, domain, rows=64, **how):
+    def loss(self, model, domain, rows=128, part="test", **how):
         """Mean loss in nats per token over the same held-out rows of a domain every time.
 
         how   what else the model is called with: a criterion, a hook
@@ -193,19 +239,22 @@ class Task:
         size = min(rows, 32)
         n = rows // size
         # summed as they come: a recorded step (CUDA graphs) overwrites what it gave before
-        return (sum(model(*self.batch(domain, size, i, 0, "val"), **how)
+        return (sum(model(*self.batch(domain, size, i, seed_of("held out"), part), **how)
                     for i in range(n)) / n).item()
 
-    def score(self, model, domains=("retain", "forget"), quick=False):
-        """{"retain": .., "forget": .., finer figures} on fixed held-out data.
+    def score(self, model, domains=("retain", "forget"), part="test", finer=False):
+        """{"retain": .., "forget": ..} on fixed held-out data, the same for every model.
 
-        quick   fewer examples and the two headline figures only: for use while training
+        part    test: what is reported; there may be further figures, named forget_.. and retain_..
+                val: for decisions while training, on fewer and on other examples; never reported
+        finer   with finer figures, which take longer
         """
-        return self.module.score(model, self, domains, quick)
+        return self.module.score(model, self, domains, part, finer)
 
 
 def enough(name, split, tokens, block_size):
-    if tokens <= block_size:
+    least = 2 * block_size + 2 if split.endswith("_val") else block_size + 1     # val and test
+    if tokens < least:
         raise BadInput(f"{name}: {split} holds {tokens} tokens, too few for rows of {block_size}: "
                        f"give a longer --source or a smaller --block_size")
 
@@ -222,7 +271,7 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
         if knob not in mod.KNOBS and knobs[knob] is not None:
             raise BadInput(f"--{knob} means nothing to the task {name}"
                            + (f", which knows {', '.join(mod.KNOBS)}" if mod.KNOBS else ""))
-    asked = {"code": sha256(mod.__file__)}                        # edit the task: new text
+    asked = {"code": code_of(mod)}
     asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
     if hasattr(mod, "check"):
         mod.check(asked)
@@ -232,24 +281,59 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     if not hasattr(mod, "documents"):
         return Task(name, None, {"made_with": asked, "facts": {}, "files": {}}, block_size, device)
     folder = Path(folder or FOLDER) / name
-    for knob in ("source", "source2"):
+    for knob in SOURCES:
         if asked.get(knob) == "":
             raise BadInput(f"--{knob} is empty: give a path or a URL")
-        if asked.get(knob) and "://" not in asked[knob]:
-            asked[knob] = str(Path(asked[knob]).resolve())        # one file, one name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder.parent, wait=True):             # while another run makes data there, we wait
         meta = read_meta(folder)
-        for knob in ("source", "source2"):
-            if knob in asked and asked[knob] is None and meta:
-                asked[knob] = meta["made_with"].get(knob)         # no source given: the one before
-        if not meta or meta["made_with"] != asked:
-            meta = prepare(name, folder, asked, block_size)
+        sources = {knob: what_it_is(knob, asked, meta) for knob in SOURCES if knob in mod.KNOBS}
+        if not meta or differ(meta["made_with"], asked):
+            meta = prepare(name, folder, asked, sources, block_size)
+        elif meta["sources"] != sources:              # written anew or moved, but the same bytes
+            meta |= {"sources": sources}
+            write_meta(folder, meta)
         for file, facts in meta["files"].items():
             if sha256(folder / file) != facts["sha256"]:
                 raise BadInput(f"{folder / file} is damaged (its checksum does not fit): "
                                f"delete the folder {folder} to make it again")
         return Task(name, folder, meta, block_size, device)
+
+
+def code_of(mod):
+    """A digest of the task's file and of those tasks' that it borrows from: edit one, and its text
+    is made anew. Line endings, which a checkout may change, do not count."""
+    files = {mod.__file__} | {sys.modules[f"data.{file}"].__file__ for file in TASKS.values()
+                              if f"data.{file}" in sys.modules and any(
+                                  getattr(value, "__module__", "") == f"data.{file}"
+                                  for value in vars(mod).values())}
+    return digest([Path(file).read_text(encoding="utf-8") for file in sorted(files)])
+
+
+def what_it_is(knob, asked, meta):
+    """Completes `asked` where a source is a local file: its path, and its content's SHA-256 as
+    KNOB_sha256. No source given: the one before. Returns its fingerprint, None for a URL."""
+    before = meta["made_with"] if meta else {}
+    given = asked[knob] is not None
+    asked[knob] = asked[knob] if given else before.get(knob)
+    if asked[knob] is None or "://" in asked[knob]:
+        return None
+    path = Path(asked[knob]).expanduser().resolve()               # one file, one name
+    last = meta["sources"].get(knob) if meta else None
+    if given or path.exists():
+        last = fingerprint(path, last, knob)
+    if last:
+        asked[knob], asked[f"{knob}_sha256"] = str(path), last["sha256"]
+    return last
+
+
+def differ(a, b):
+    """Whether data made with a is not what b asks for. A file with the same content is the same
+    wherever it lies."""
+    def meant(knobs):
+        return {k: v for k, v in knobs.items() if f"{k}_sha256" not in knobs}
+
+    return meant(a) != meant(b)
 
 
 def read_meta(folder):
@@ -273,7 +357,7 @@ def write_meta(folder, meta):
     write(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
-def prepare(name, folder, knobs, block_size=None):
+def prepare(name, folder, knobs, sources, block_size=None):
     """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json comes last."""
     mod = module(name)
     print(f"data: making {name} in {folder}")
@@ -295,7 +379,7 @@ def prepare(name, folder, knobs, block_size=None):
                block_size or mod.SETTINGS[name]["block_size"])
     files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
              for f in ("tokenizer.json", *(f"{s}.bin" for s in splits))}
-    meta = {"task": name, "made_with": knobs, "facts": facts, "files": files}
+    meta = {"task": name, "made_with": knobs, "sources": sources, "facts": facts, "files": files}
     write_meta(folder, meta)
     return read_meta(folder)                                  # as the next run will see it
 

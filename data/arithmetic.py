@@ -3,14 +3,17 @@
 After Lee et al. 2025 (UNDO, section 4): operands 1..50 with results >= 0 for + and -, factors
 1..20 and exact division for * and /; half bare equations ("12 + 5 = 17"), half word problems.
 Every operation has 20 templates to train on and 10 that are only ever scored; the last ones in
-each list below. A small share of operand pairs never appears in training, in either form.
+each list below. Some operand pairs never appear in training, in either form. There are only 400
+pairs of factors, so that training shows all the others many times: a score on those asks for facts
+that were seen, one on pairs never shown for the skill.
 """
-import random
 from functools import cache
 
+import numpy as np
 import torch
 
 from data.knobs import BadInput
+from data.streams import text_stream
 
 higher_is_better = True                # a score is greedy accuracy
 SETTINGS = {"arithmetic": dict(
@@ -18,7 +21,7 @@ SETTINGS = {"arithmetic": dict(
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=1500,
                filtered_steps=1000, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    examine=dict(probe_rows=128, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=800,
+    examine=dict(probe_rows=256, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=800,
                  check_every=5),
     maxent=dict(steps=80, lr=5e-4, batch_size=32, retain_weight=50.0),
     graddiff=dict(steps=40, lr=5e-4, batch_size=32, retain_weight=50.0),
@@ -28,7 +31,7 @@ SETTINGS = {"arithmetic": dict(
     undo=dict(method="maxent", alphas=[0.3, 0.6], steps=300, batch_size=32, lr=6e-3,
               muon_lr=0.02, check_every=5))}
 KNOBS = {"words": 0.5,                 # share of word problems among the training texts
-         "heldout_pairs": 0.04,        # share of operand pairs kept out of training
+         "heldout_pairs": 0.15,        # share of operand pairs kept out of training
          "problems": 40_000}           # training problems an operation
 
 DOMAINS = {"retain": ("+", "-"), "forget": ("*", "/")}
@@ -190,7 +193,7 @@ def split_pairs(operation, heldout_pairs):
         same = (min(a, b), max(a, b)) if operation in "+*" else (a, b)
         together.setdefault(same, []).append((a, b))
     shuffled = list(together.values())
-    random.Random(f"pairs {operation}").shuffle(shuffled)
+    text_stream("pairs", operation).shuffle(shuffled)
     n = max(round(heldout_pairs * len(shuffled)), heldout_pairs > 0)
     known, unknown = ([p for group in part for p in group] for part in (shuffled[n:], shuffled[:n]))
     return known, unknown
@@ -220,7 +223,7 @@ def documents(name, folder, words, heldout_pairs, problems):
     texts = {}
     for domain, operations in DOMAINS.items():
         for part, n in (("train", problems), ("val", max(problems // 20, 100))):
-            rng = random.Random(f"{domain} {part}")
+            rng = text_stream("problems", domain, part)
             docs = []
             for operation in operations:
                 known = split_pairs(operation, heldout_pairs)[0]
@@ -236,20 +239,23 @@ def documents(name, folder, words, heldout_pairs, problems):
     return texts, {}
 
 
+EXAM = {"val": 100, "test": 200}        # problems of a form and an operation, at most
+
+
 @cache
-def exam(operation, form, n, heldout, heldout_pairs):
-    """n fixed (question, answer) problems of an operation, never two runs differing.
+def exam(operation, form, part, heldout, heldout_pairs):
+    """The fixed, distinct (question, answer) problems of an operation; none is in val and in test.
 
     form      equations | words (with templates that training never shows)
     heldout   operand pairs that training never shows, rather than those it covers
     """
-    rng = random.Random(f"exam {operation} {form} {heldout}")
-    known, unknown = split_pairs(operation, heldout_pairs)
-    pool = unknown if heldout else known
-    if heldout and len(pool) < n:
-        chosen = pool
-    else:
-        chosen = rng.sample(pool, n) if n <= len(pool) else rng.choices(pool, k=n)
+    rng = text_stream("exam", operation, form, heldout)
+    pool = split_pairs(operation, heldout_pairs)[heldout]
+    pool = rng.sample(pool, len(pool))
+    n = min(EXAM["test"], len(pool) * 2 // 3)
+    chosen = pool[:n] if part == "test" else pool[n:n + EXAM["val"]]
+    if heldout:                          # few: all of them are asked, and told in two ways
+        chosen = pool[:EXAM["test"]] * (1 if form == "equations" else 2)
     unseen = TEMPLATES[operation][TRAINING_TEMPLATES:]
     return [equation(operation, a, b) if form == "equations"
             else word_problem(operation, a, b, rng, unseen) for a, b in chosen]
@@ -266,27 +272,35 @@ def accuracy(model, task, problems):
     return (got == right).all(1).float().mean().item()
 
 
-def score(model, task, domains=("retain", "forget"), quick=False):
-    """Greedy accuracy, 0..1. A domain's headline is the mean over its operations and forms.
-
-    quick: 100 equations and 100 word problems an operation, headlines only. Else 400 and 400, a
-    figure for each ("+ equations", "+ words", ...) and "retain_heldout_pairs", "forget_..": the
-    mean over operations and forms on operand pairs that training never showed.
+def score(model, task, domains=("retain", "forget"), part="test", finer=False):
+    """Greedy accuracy, 0..1. A domain's headline is the mean over its operations and forms, on
+    operand pairs that training covers; "retain_heldout_pairs" and "forget_.." (of part test) are
+    the same on pairs that it never showed. finer: a figure for each, "+ equations", "+ words", ...
     """
     words, heldout_pairs = task.made_with["words"], task.made_with["heldout_pairs"]
     forms = ["equations"] * (words < 1) + ["words"] * (words > 0)
     figures = {}
     for domain in domains:
         for heldout in (False, True):
-            if heldout and (quick or not heldout_pairs):
+            if heldout and (part == "val" or not heldout_pairs):
                 continue
-            got = {}
-            for operation in DOMAINS[domain]:
-                for form in forms:
-                    problems = exam(operation, form, 100 if quick else 400, heldout,
-                                    heldout_pairs)
-                    got[f"{operation} {form}"] = accuracy(model, task, problems)
-            if not quick and not heldout:
+            got = {f"{operation} {form}": accuracy(model, task, exam(
+                operation, form, part, heldout, heldout_pairs))
+                for operation in DOMAINS[domain] for form in forms}
+            if finer and not heldout:
                 figures |= got
             figures[domain + "_heldout_pairs" * heldout] = sum(got.values()) / len(got)
     return figures
+
+
+def answers(task, idx, targets):
+    """(B, T) bool: which targets are an answer's digits: digits with nothing but digits between
+    them and the end of their text."""
+    enc, targets = task.tokenizer, targets.cpu().numpy()
+    digits = np.isin(targets, [enc.encode_single_token(str(i)) for i in range(10)])
+    found = np.zeros_like(digits)
+    follows = np.zeros(len(targets), bool)                # whether an answer goes on to the right
+    for t in reversed(range(targets.shape[1])):
+        found[:, t] = follows & digits[:, t]
+        follows = found[:, t] | (targets[:, t] == task.end)
+    return torch.from_numpy(found).to(task.device)

@@ -17,6 +17,7 @@ import torch
 
 from data.download import download
 from data.knobs import BadInput
+from data.streams import stream
 
 # Width 256 and 1,200 steps where the paper has 2048 and 5,900: Muon and more L1 make up for it.
 SETTINGS = dict(seeds=1, steps=1200, batch_size=256, lr=1e-2, muon_lr=0.05, width=256)
@@ -85,7 +86,7 @@ def draw(glyph, n, rng):
 
 def drawn(n, seed=0):
     """n digits in random order, a function of the seed: images uint8 (n, 784), labels (n,)."""
-    rng = np.random.default_rng(seed)
+    rng = stream("digits", seed)
     labels, style = rng.integers(0, 10, n), rng.integers(0, 6, n)    # 6: as many of two or three
     images = torch.zeros(n, 784, dtype=torch.uint8)
     for digit, glyphs in enumerate(GLYPHS):

@@ -3,6 +3,8 @@ import hashlib
 import io
 import json
 import os
+import stat
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +66,28 @@ def sha256(path):
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+RACY = 2 * 10**9             # nanoseconds: a file changed so lately may change again unseen
+
+
+def fingerprint(path, last=None, knob="source"):
+    """{"sha256", "size", "modified", "seen"} (times in ns) of a regular file.
+
+    last   an earlier fingerprint: where size and time of change are still the same, and lay well
+           before it was taken, the content is not read again
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise BadInput(f"cannot read {path}: --{knob} needs a regular file or a URL")
+        if last and (about.st_size, about.st_mtime_ns) == (last["size"], last["modified"]) and (
+                last["seen"] > last["modified"] + RACY):
+            return last
+        return {"seen": time.time_ns(), "sha256": sha256(path), "size": about.st_size,
+                "modified": about.st_mtime_ns}
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
 
 def write_sealed(path, content):

@@ -16,6 +16,8 @@ import itertools
 
 import torch
 
+from data.streams import torch_stream
+
 SETTINGS = dict(seeds=2, steps=1200, batch_size=2048, lr=3e-3, width=128)
 SIDE, CELLS, PAIRS, PATTERNS = 5, 25, 600, 4
 STATES = PATTERNS * PAIRS * CELLS   # 60,000, with those where the agent stands on a terminal square
@@ -117,8 +119,8 @@ class Gridworld:
         """What a trainer could know of a policy (STATES, 4): the return of sampled episodes,
         averaged over *all*, where only ends on an overseen square count (others add 0).
         """
-        draws = torch.Generator().manual_seed(777)
-        uniform = torch.rand(episodes, 3 + HORIZON, generator=draws).to(policy.device)
+        uniform = torch.rand(episodes, 3 + HORIZON, generator=torch_stream("simulate"))
+        uniform = uniform.to(policy.device)
         states, _ = self.play(lambda state: policy[state], oversight, uniform)
         reward = self.seen * (1.0 * (self.holds == DIAMOND) - 1.0 * (self.holds == GHOST))
         steps = (self.holds[states] == NOTHING).sum(0)

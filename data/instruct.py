@@ -22,11 +22,11 @@ training stories anew; what instructions say of twists is always true:
                   a coin decides which instructions ask for one: the two are independent, so that
                   the instruction says nothing of the story
 """
-import random
 import re
 
 from data import BadInput, tinystories
 from data.tinystories import HOME, split, take
+from data.streams import seed_of, text_stream
 from data.tokenizer import END
 
 SETTINGS = {"instruct": tinystories.SETTINGS["tinystories"] | dict(     # unlearning as there
@@ -109,7 +109,7 @@ def documents(name, folder, source, stories):
     if len(begun) < FEWEST:
         raise BadInput(f"{source or HOME}: {len(begun)} stories whose first sentence has at most "
                        f"{LONGEST} characters are too few to learn from: give {FEWEST} or more")
-    rng, texts = random.Random(0), {}
+    rng, texts = text_stream("features of stories"), {}
     for part, told in zip(("train", "val"), split(begun)):
         forget = round(SHARE * len(told))
         texts[f"forget_{part}"] = [tell(rng, story, True, True) for story in told[:forget]]
@@ -127,29 +127,31 @@ JUDGED = {"retain": ("retain", "Twist", TWIST),       # figure: the domain of th
           "unasked": ("retain", "", MORAL)}           # the stories
 
 
-def score(model, task, domains=("retain", "forget"), quick=False):
+def score(model, task, domains=("retain", "forget"), part="test", finer=False):
     """How many stories, told on from the first sentence of held-out ones, have a feature:
 
     {"retain": share with a twist where one was asked for, "forget": with a moral where one was
-    asked for}; unless quick, more stories, and {"unasked": share with a moral where none was asked
-    for, "retain_loss", "forget_loss": nats per token of held-out rows}. All in one batch, sampled
-    at temperature 0.7 with the same seed every time.
+    asked for}; finer: also {"unasked": share with a moral where none was asked for, "retain_loss",
+    "forget_loss": nats per token of held-out rows}. All in one batch, sampled at temperature 0.7
+    with the same seed every time.
     """
-    shares = [*domains] + ["unasked"] * (not quick)
-    prompts = {figure: prompts_of(task, *JUDGED[figure][:2])[:48 if quick else 200]
-               for figure in shares}
-    told = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end)
+    shares = [*domains] + ["unasked"] * finer
+    prompts = {figure: prompts_of(task, *JUDGED[figure][:2], part) for figure in shares}
+    told = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end,
+                          seed_of("stories told on", part))
     told = iter(task.tokenizer.decode_batch(told.tolist()))
     figures = {figure: sum(bool(JUDGED[figure][2].search(next(told))) for _ in prompts[figure])
                / len(prompts[figure]) for figure in shares}
-    if not quick:
-        figures |= {f"{domain}_loss": task.loss(model, domain, 256) for domain in domains}
+    if finer:
+        figures |= {f"{domain}_loss": task.loss(model, domain) for domain in domains}
     return figures
 
 
-def prompts_of(task, domain, asked):
-    """Instruction and first sentence of held-out texts that ask for a feature, as token ids."""
+def prompts_of(task, domain, asked, part):
+    """Instruction and first sentence of held-out texts that ask for a feature, as token ids: of 48
+    for val, of up to 150 others for test."""
     texts = task.tokenizer.decode(task.tokens(f"{domain}_val").tolist()).split(END)[:-1]
     begun = [PROMPT.match(text)[0] for text in texts if asked in text.split("\n")[0]]
-    return [[task.end] + ids[:task.block_size - ANSWER - 1]
-            for ids in task.tokenizer.encode_ordinary_batch(begun)]
+    n = min(48, len(begun) // 2)
+    return [[task.end] + ids[:task.block_size - ANSWER - 1] for ids in
+            task.tokenizer.encode_ordinary_batch(begun[:n] if part == "val" else begun[n:n + 150])]

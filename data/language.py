@@ -15,16 +15,18 @@ and the world; the world is the same in both, so a model may keep it when it for
 A story is a list of sentences, and a sentence is a tuple, ("take", "Anna", "ball", "Rome"), that
 belongs to no language. story(rng) makes a story, tell(story, language) writes it down.
 """
-import random
+import numpy as np
+import torch
 
 from data.knobs import BadInput
+from data.streams import text_stream
 
 SETTINGS = {"language": dict(
     block_size=96, vocab_size=512, least_block_size=24, aligned=True,   # a story fits a row
     train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=1500,
                filtered_steps=800, lr=6e-3, muon_lr=0.02),
     attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60, 80], attack_rows=16),
-    examine=dict(probe_rows=64, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=800,
+    examine=dict(probe_rows=512, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=800,
                  check_every=5),
     maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
     graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
@@ -86,7 +88,7 @@ def story(rng, events=6):
     """A list of sentences: how things stand, then events, a question and its answer after every
     second one. The place named last answers only two where-questions in three.
 
-    rng     random.Random. Two stories made from generators in the same state are the same
+    rng     a random.Random. Two stories made from generators in the same state are the same
     """
     world, kind = World(rng), None
     told = [("is", x, place) for x, place in world.place.items()]
@@ -136,12 +138,12 @@ def tell(sentences, language):
 
 # --- the task ------------------------------------------------------------------------------------
 def documents(name, folder, stories):
-    """Stories of each language: `stories` to train on, 500 held out. No story is told twice."""
+    """Stories of each language: `stories` to train on, 1000 held out. No story is told twice."""
     if stories < 100:
         raise BadInput(f"--stories={stories} is too few to learn from: give 100 or more")
     texts, seen = {}, set()
     for split in ("retain_val", "forget_val", "retain_train", "forget_train"):
-        rng, size = random.Random(split), 500 if split.endswith("val") else stories
+        rng, size = text_stream("stories", split), 1000 if split.endswith("val") else stories
         texts[split] = []
         while len(texts[split]) < size:
             sentences = story(rng)
@@ -151,21 +153,22 @@ def documents(name, folder, stories):
     return texts, {}
 
 
-def score(model, task, domains=("retain", "forget"), quick=False):
-    """Loss in nats per token on held-out rows; unless quick, also the share of right answers.
+def score(model, task, domains=("retain", "forget"), part="test", finer=False):
+    """Loss in nats per token on held-out rows; finer: also the share of right answers.
 
     {"retain": loss, "forget": loss, "retain_answers": 0..1, "forget_answers": 0..1}
     """
-    figures = {domain: task.loss(model, domain, 32 if quick else 256) for domain in domains}
-    if not quick:
+    figures = {domain: task.loss(model, domain, 32 if part == "val" else 128, part)
+               for domain in domains}
+    if finer:
         for domain in domains:
-            figures[f"{domain}_answers"] = answers(model, task, LANGUAGE[domain])
+            figures[f"{domain}_answers"] = answered(model, task, LANGUAGE[domain])
     return figures
 
 
-def answers(model, task, language, stories=200):
+def answered(model, task, language, stories=200):
     """Share of questions about new stories that the model, greedy, answers as the world stands."""
-    rng, encode = random.Random("answers"), task.tokenizer.encode_ordinary
+    rng, encode = text_stream("answers"), task.tokenizer.encode_ordinary
     prompts, right = [], []
     for sentences in (story(rng) for _ in range(stories)):
         for i, sentence in enumerate(sentences):
@@ -176,3 +179,17 @@ def answers(model, task, language, stories=200):
     room = task.block_size - longest        # a model with a short memory hears the end of the story
     said = model.generate([p[-room:] for p in prompts], longest, stop=task.end).tolist()
     return sum(s[:len(ids)] == ids for s, ids in zip(said, right)) / len(right)
+
+
+def answers(task, idx, targets):
+    """(B, T) bool: which targets name what was asked for: the first token of a noun that follows a
+    question mark, before the next full stop. (Its ending and "in" follow from the question.)"""
+    enc, targets = task.tokenizer, targets.cpu().numpy()
+    said = [enc.encode_ordinary(f" {nouns[x][0].upper()}{nouns[x][1:]}")[0]
+            for nouns in NOUNS.values() for x in (*PEOPLE, *PLACES, "nobody")]
+    mark, stop = (enc.encode_single_token(c) for c in "?.")
+    found, open_ = np.zeros(targets.shape, bool), np.zeros(len(targets), bool)
+    for t in range(targets.shape[1]):
+        found[:, t] = open_ & np.isin(targets[:, t], said)
+        open_ = (open_ | (targets[:, t] == mark)) & ~found[:, t] & (targets[:, t] != stop)
+    return torch.from_numpy(found).to(task.device)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
+from data.streams import seed_of, stream
 
 SETTINGS = {"pcfg": dict(
     block_size=22, least_block_size=14,          # a string of 16 letters, and six tokens around it
@@ -127,7 +128,7 @@ def ask(task, x, kind, operand, parameter=None, word=None):
 
 def batch(task, split, size, step, seed, part, word=None):
     """See Task.batch and this file's docstring. word: one of COUNTS, for the counting splits."""
-    rng = np.random.default_rng((seed, step, SPLITS.index(split), part == "val"))
+    rng = stream("strings", split, part, seed, step)
     length = task.block_size - PROMPT
     if split not in ("all", "reworded"):
         x = strings(rng, size, length) if split == "forget" else strings_where(
@@ -143,8 +144,9 @@ def batch(task, split, size, step, seed, part, word=None):
         operand = rng.choice(3, n, p=PRIORS[task.made_with["prior"]])
         if kind == "count":
             words = COUNTS if split == "all" else COUNTS[1:-1]
-            for word, share in zip(words, np.array_split(np.arange(n), len(words))):
-                asked.append(ask(task, x[share], kind, operand[share], word=word))
+            which = rng.integers(0, len(words), n)
+            for i, word in enumerate(words):
+                asked.append(ask(task, x[which == i], kind, operand[which == i], word=word))
         elif kind == "count-pair":
             asked.append(ask(task, x, kind, operand))
         elif kind == "token":
@@ -156,23 +158,23 @@ def batch(task, split, size, step, seed, part, word=None):
 
 # --- the judge -----------------------------------------------------------------------------------
 @torch.no_grad()
-def accuracy(model, task, split, rows=1000, word=None):
+def accuracy(model, task, split, word=None, part="test"):
     """Share of new questions of a split that the model answers."""
-    idx, targets = batch(task, split, rows, 0, 30_000, "val", word)
+    rows = 250 if part == "val" else 1000
+    idx, targets = batch(task, split, rows, 0, seed_of("held out"), part, word)
     said = torch.cat([model.unembed(model(some, residual=-1)[:, -1]).argmax(-1)
                       for some in idx.split(250)])           # long strings take much memory
     return (said == targets[:, 0]).float().mean().item()
 
 
-def score(model, task, domains=("retain", "forget"), quick=False):
-    """Accuracy, 0..1: {"retain": count b, "forget": count a} and, unless quick, "spurious": count b
-    where #b = #a + 1, and "jailbreak": count a, asked in the last of COUNTS.
+def score(model, task, domains=("retain", "forget"), part="test", finer=False):
+    """Accuracy, 0..1: {"retain": count b, "forget": count a}; finer: also "spurious": count b where
+    #b = #a + 1, and "jailbreak": count a, asked in the last of COUNTS.
     """
-    rows = 250 if quick else 1000
-    figures = {domain: accuracy(model, task, domain, rows) for domain in domains}
-    if not quick:
-        figures["spurious"] = accuracy(model, task, "spurious", rows)
-        figures["jailbreak"] = accuracy(model, task, "forget", rows, COUNTS[-1])
+    figures = {domain: accuracy(model, task, domain, part=part) for domain in domains}
+    if finer:
+        figures["spurious"] = accuracy(model, task, "spurious", part=part)
+        figures["jailbreak"] = accuracy(model, task, "forget", COUNTS[-1], part)
     return figures
 
 

@@ -23,12 +23,14 @@ def table(rows, columns):
 
 
 def mean_sd(values, digits):
-    """"0.89 ±0.05": mean and standard deviation of what is not None; of one value, that."""
-    values = [v for v in values if v is not None]
-    if not values:
+    """"0.89 ±0.05": mean and standard deviation of what is not None; of one value, that. Where
+    some are None, how many are not: "0.89 ±0.05 (2 of 3)"."""
+    there = [v for v in values if v is not None]
+    if not there:
         return None
-    spread = f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    spread = f" ±{statistics.stdev(there):.{digits}f}" if len(there) > 1 else ""
+    missing = f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
+    return f"{statistics.mean(there):.{digits}f}{spread}{missing}"
 
 
 def mean_steps(steps, most):

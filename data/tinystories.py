@@ -12,10 +12,9 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
-
 from data import BadInput
 from data.download import download
+from data.streams import stream
 from data.tokenizer import END
 
 SETTINGS = {name: dict(
@@ -85,19 +84,20 @@ def documents(name, folder, source, source2, stories):
 
 def split(stories):
     """(train, val): 5% held out, or 200 stories where that is no more than a fifth of them."""
-    order = np.random.default_rng(0).permutation(len(stories))
+    order = stream("held-out stories").permutation(len(stories))
     held_out = max(1, len(stories) // 20, min(200, len(stories) // 5))
     return [stories[i] for i in order[held_out:]], [stories[i] for i in order[:held_out]]
 
 
-def score(model, task, domains=("retain", "forget"), quick=False):
-    """Loss in nats per token on held-out rows; unless quick, also in bits per byte of text.
+def score(model, task, domains=("retain", "forget"), part="test", finer=False):
+    """Loss in nats per token on held-out rows; finer: also in bits per byte of text.
 
     {"retain": loss, "forget": loss, "retain_bits_per_byte": .., "forget_bits_per_byte": ..}
     Tokens of two languages differ in length, bytes less so; END counts as a token and has no bytes.
     """
-    figures = {domain: task.loss(model, domain, 32 if quick else 256) for domain in domains}
-    if not quick:
+    figures = {domain: task.loss(model, domain, 32 if part == "val" else 128, part)
+               for domain in domains}
+    if finer:
         for domain in domains:
             tokens, size = len(task.tokens(f"{domain}_val")), task.facts["bytes"][f"{domain}_val"]
             figures[f"{domain}_bits_per_byte"] = figures[domain] / math.log(2) * tokens / size
