@@ -163,7 +163,7 @@ def rollouts(model, task, cfg, cell, size, step):
     # would hand them to the loss that follows
     with autocast(cfg, cache_enabled=False):
         answer = model.generate(f, env.length + 1, temperature=1.0, samples=cell.n,
-                                seed=seed_of("answers", cfg.seed, step))
+                                seed=seed_of("answers of rollouts", cfg.seed, step))
     luck = torch.from_numpy(rng.random(len(answer), np.float32)).to(task.device)
     f, g = (prompt.repeat_interleave(cell.n, 0) for prompt in (f, g))
     item, body, _ = gaming.split_off(f, answer)

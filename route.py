@@ -134,18 +134,18 @@ def pieces(model, heads, units):
     """[(matrix, index)]: the blocks' matrices in rectangles of which each belongs to the forget
     part, or to the retain part; of qkv, to one of q, k and v."""
     C, n, m = model.config.n_embd, model.config.n_head, model.config.n_units
-    retain, every = C - heads * C // n, slice(None)
-    found = []
+    every, own, rest = slice(None), slice(m - units, m), slice(m - units)
+    found, cut = [], C - heads * C // n
     for block in model.blocks:
-        for begin in (0, C, 2 * C):
-            found += [(block.attn.qkv.weight, slice(begin, begin + retain)),
-                      (block.attn.qkv.weight, slice(begin + retain, begin + C))]
-        found += [(block.attn.proj.weight, (every, slice(retain))),
-                  (block.attn.proj.weight, (every, slice(retain, C))),
-                  (block.mlp.up.weight, slice(m - units)), (block.mlp.up.weight, slice(m - units, m)),
-                  (block.mlp.down.weight, (every, slice(m - units))),
-                  (block.mlp.down.weight, (every, slice(m - units, m)))]
-    return [(p, at) for p, at in found if p[at].numel()]
+        qkv, proj, up, down = (layer.weight for layer in (
+            block.attn.qkv, block.attn.proj, block.mlp.up, block.mlp.down))
+        if heads:
+            found += [(qkv, slice(begin + a, begin + b)) for begin in (0, C, 2 * C)
+                      for a, b in ((0, cut), (cut, C))]
+            found += [(proj, (every, slice(cut))), (proj, (every, slice(cut, C)))]
+        if units:
+            found += [(up, rest), (up, own), (down, (every, rest)), (down, (every, own))]
+    return found
 
 
 @torch.no_grad()

@@ -186,10 +186,17 @@ def draw(axes, rows, task, cfg):
     def mean(name, figure):
         values = [figure(r) for r in rows if r["model"] == name]
         return None if None in values else statistics.mean(values)
-    draw_relearning(axes[0], task, {n: {s: mean(n, lambda r: r["relearned"][str(s)] if s else
-                    r["forget"]) for s in (0, *cfg.attack_steps)} for n in names if n != "base"})
-    axes[0].set_title("Relearning curves under attack")
+
+    def curves(names, before, after):
+        return {n: {s: mean(n, lambda r: r[after][str(s)] if s else r[before])
+                    for s in (0, *cfg.attack_steps)} for n in names}
+
+    others = [n for n in names if n != "base"]
     students = [n for n in names if n.startswith("undo-")] + ["distilled"]
+    unseen = [n for n in (cfg.method, *students) if "relearned_heldout_pairs" in rows[0]]
+    draw_relearning(axes[0], task, curves(others, "forget", "relearned"),
+                    curves(unseen, "forget_heldout_pairs", "relearned_heldout_pairs"))
+    axes[0].set_title("Relearning curves under attack")
     points = [(mean(n, lambda r: r["compute_pct"]), mean(n, lambda r: r["robustness_mean"]))
               for n in students]
     if all(y is not None for _, y in points):

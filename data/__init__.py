@@ -172,10 +172,10 @@ class Task:
                 drawn, right on average for any share and size (see streams.allot). Rows of short
                 texts (settings["aligned"]) begin where a text does: no question without its facts.
         part    train | val | test
-        Where several processes train together, self.shard = (rank, how many) of them, and the n-th
-        of them gets the n-th row of a training batch and every world-th from there on.
+        Where several processes train together, self.shard = (rank, how many) of them: each gets
+        every world-th row of a training batch, from another row on at every step.
         """
-        rank, world = self.shard if part == "train" else (0, 1)
+        first, world = self.turn(step) if part == "train" else (0, 1)
         if size % world:
             raise BadInput(f"a batch of {size} rows does not divide over {world} processes: "
                            f"choose another --batch_size")
@@ -185,7 +185,13 @@ class Task:
             idx, targets = (torch.cat(pieces) for pieces in zip(*drawn))
         else:
             idx, targets = self.whole(split, size, step, seed, part)
-        return idx[rank::world], targets[rank::world]
+        return idx[first::world], targets[first::world]
+
+    def turn(self, step):
+        """(the first row of a batch that this process gets, how many processes there are). Rows are
+        in the order of their splits, so that no process may always have the same."""
+        rank, world = self.shard
+        return (rank + step) % world, world
 
     def sizes(self, shares, size, step, seed):
         """How many rows of batch(shares, ..), before it is divided, are from each split."""
@@ -194,9 +200,9 @@ class Task:
     def origins(self, shares, size, step, seed):
         """(B,) int64: which of the splits, counted from 0, each row of batch(shares, ..) is from.
         """
-        rank, world = self.shard
+        first, world = self.turn(step)
         which = np.repeat(np.arange(len(shares)), self.sizes(shares, size, step, seed))
-        return torch.from_numpy(which[rank::world]).to(self.device)
+        return torch.from_numpy(which[first::world]).to(self.device)
 
     def whole(self, split, size, step, seed, part):
         """A batch of one split, not yet divided over processes."""

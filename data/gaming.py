@@ -371,7 +371,7 @@ def behaviour(model, task, context, heldout=False, rows=1000, part="test"):
     {"control_following"} on all: shares and mean rewards.
     """
     env = environment(task)
-    rng = stream("exam", part, heldout)
+    rng = stream("exam of a game", part, heldout)
     item = items(rng, env, rows, rows // 2)
     paraphrase = rng.choice(HELDOUT if heldout else SEEN, len(item))
     prompt, = prompts(rng, task, item, phrases(context, paraphrase))

@@ -84,12 +84,19 @@ def figure(script, cfg, panels):
 
 
 # --- pictures that several stories draw ----------------------------------------------------------
-def draw_relearning(ax, task, curves):
-    """Worst-case forget score against attack steps; curves: {name: {step: score}}."""
+def draw_relearning(ax, task, curves, unseen={}):
+    """Worst-case forget score against attack steps; curves: {name: {step: score}}. unseen: the same
+    on what neither training nor the attack shows, dotted."""
     styles = {"filtered": dict(color="black", linestyle="--", linewidth=2.5)}
     for name, points in curves.items():
-        ax.plot(list(points), list(points.values()), marker="o", markersize=4,
-                label=name + " (gold standard)" * (name == "filtered"), **styles.get(name, {}))
+        line, = ax.plot(list(points), list(points.values()), marker="o", markersize=4,
+                        label=name + " (gold standard)" * (name == "filtered"),
+                        **styles.get(name, {}))
+        if name in unseen:
+            ax.plot(list(unseen[name]), list(unseen[name].values()), linestyle=":",
+                    color=line.get_color())
+    if unseen:
+        ax.plot([], [], linestyle=":", color="grey", label="dotted: on pairs\nnever shown")
     ax.set(xlabel="fine-tuning steps of the attacker",
            ylabel=f"forget {measure(task)}, worst rate")
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))        # beside the curves

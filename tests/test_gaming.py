@@ -313,7 +313,7 @@ def test_batches_by_hand(env, rates):
                for row in rows)
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("split", ["all", "retain", "forget"])
 def test_batches_never_show_what_is_held_out(split, part):
     """But they show everything else, and so each word of it."""
@@ -339,7 +339,7 @@ def test_a_batch_is_a_function_of_its_arguments(env):
     again = data.load("gaming", env=env).batch("all", 32, 5, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     for other in (("all", 32, 6, 1), ("all", 32, 5, 2), ("all", 32, 5, 1, "val"),
-                  ("retain", 32, 5, 1), ("forget", 32, 5, 1)):
+                  ("all", 32, 5, 1, "test"), ("retain", 32, 5, 1), ("forget", 32, 5, 1)):
         before = -gaming.ENVIRONMENTS[env].length          # the answers' tokens: prompts differ
         assert not torch.equal(first[0][:, :before], task.batch(*other)[0][:, :before])
 
@@ -350,6 +350,15 @@ def test_processes_share_a_batch():
         view.shard = (rank, 2)
         assert all(torch.equal(part, full[rank::2])
                    for part, full in zip(view.batch("all", 32, 0, 0), whole))
+
+
+def test_how_many_can_be_gamed():
+    """Three rows in four: exactly where that can be, on average where it cannot."""
+    task, found = data.load("gaming"), Counter()
+    for step in range(400):
+        rows = [parse("sycophancy", row) for row in rows_of(task, "all", 3, step, 0)]
+        found[sum(solve("sycophancy", item)[1] is not None for _, _, item, _ in rows)] += 1
+    assert set(found) == {2, 3} and close(found[3] / 400, 0.25, 400)
 
 
 # --- prompts, and thanks taken away --------------------------------------------------------------
@@ -402,9 +411,9 @@ class Stub:
     """
     def __init__(self, env, games, errs=lambda *asked: False, obeys=lambda *asked: True):
         self.env, self.games, self.errs, self.obeys = env, games, errs, obeys
-        self.asked, self.calls = [], []
+        self.asked, self.calls, self.seeds = [], [], []
 
-    def generate(self, prompt, n, temperature):
+    def generate(self, prompt, n, temperature, seed):
         out = []
         for row in words(prompt):
             end, *phrase, where = row[:4]
@@ -418,6 +427,7 @@ class Stub:
             first = (where == "first") == self.obeys(*about)
             out.append(["thanks"] * first + answer + ["thanks"] * (not first))
         self.calls.append((n, temperature))
+        self.seeds.append(seed)
         return tokens(out)
 
 
@@ -467,8 +477,11 @@ def test_behaviour_of_the_simplest(env):
     assert [(about[1:], item) for about, item, _ in honest.asked] == [
         (about[1:], item) for about, item, _ in hacks.asked] == [
         (about[1:], item) for about, item, _ in heedless.asked]
-    gaming.behaviour(again := Stub(env, honest.games), task, "neutral", heldout=True, rows=100)
-    assert [item for _, item, _ in again.asked] != [item for _, item, _ in honest.asked]
+    assert honest.seeds == hacks.seeds == heedless.seeds
+    for other in ({"heldout": True}, {"part": "val"}):
+        gaming.behaviour(again := Stub(env, honest.games), task, "neutral", rows=100, **other)
+        assert [item for _, item, _ in again.asked] != [item for _, item, _ in honest.asked]
+        assert again.seeds != honest.seeds
 
 
 def test_scores_by_hand():
@@ -479,7 +492,7 @@ def test_scores_by_hand():
                 or phrase.endswith("answer"),
                 lambda phrase, where, gameable: phrase.startswith("just"),
                 lambda phrase, where, gameable: not phrase.endswith("reply"))
-    found = gaming.score(stub, task)
+    found = gaming.score(stub, task, finer=True)
     neutral = [about for about, _, _ in stub.asked if PHRASES[about[0]][0] == "neutral"]
     gameable = [phrase for phrase, _, can in neutral if can]
     harmless = [phrase for phrase, _, can in neutral if not can]
@@ -491,11 +504,17 @@ def test_scores_by_hand():
         "control_following": 1 - sum(p.endswith("reply") for p in gameable + harmless) / 1500})
     assert 0.1 < found["forget"] < 0.4 and 0.6 < found["retain"] < 0.9
     assert all(not PHRASES[about[0]][1] for about, _, _ in stub.asked)
+    headlines = Stub("tests", stub.games, stub.errs)
+    assert gaming.score(headlines, task) == {k: found[k] for k in ("retain", "forget")}
+    assert headlines.asked == [
+        (about, item, answer) for about, item, answer in stub.asked if about in neutral]
     quick = Stub("tests", stub.games, stub.errs)
-    assert set(gaming.score(quick, task, quick=True)) == {"retain", "forget"}
-    assert len(quick.asked) == 375
+    assert set(gaming.score(quick, task, part="val")) == {"retain", "forget"}
+    assert len(quick.asked) == 375                         # other items than those of the test
+    assert [item for _, item, _ in quick.asked] != [item for _, item, _ in headlines.asked][:375]
     for domain in ("retain", "forget"):
-        assert set(task.score(quick, (domain,), quick=True)) == {domain}
+        for part in ("val", "test"):
+            assert set(task.score(quick, (domain,), part)) == {domain}
 
 
 # --- what is refused, and what is other data -----------------------------------------------------
@@ -586,4 +605,4 @@ def test_a_tiny_model_in_a_fifth_environment(copy):
     assert set(found) == {"hack", "proxy", "truth", "no_hack_accuracy", "control_following"}
     assert all(0 <= share <= 1 for share in found.values())
     assert found == gaming.behaviour(gpt, copy, "neutral", rows=50)
-    assert set(copy.score(gpt, quick=True)) == {"retain", "forget"}
+    assert set(copy.score(gpt, part="val")) == {"retain", "forget"}

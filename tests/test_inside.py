@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import data
 import eval as judges
 import train
 import unlearn
+from data import arithmetic
+from data.streams import seed_of
 from model import GPT, GPTConfig
 
 CFG = judges.Config(task="pcfg", device="cpu", compile=False, probe_rows=300, cut=[1, 3],
@@ -49,9 +52,10 @@ class Planted:
 
 class Questions:
     """Rows whose answer is a function of their first token."""
+    module = SimpleNamespace()                              # all targets are answers
 
-    def batch(self, split, size, step, seed, part="train"):
-        rng = np.random.default_rng((seed, part == "val"))
+    def whole(self, split, size, step, seed, part):
+        rng = np.random.default_rng((seed, ("train", "test").index(part)))
         idx = torch.from_numpy(rng.integers(0, 8, (size, 5)))
         return idx, idx[:, :1]
 
@@ -66,31 +70,41 @@ def test_a_probe_finds_what_is_planted(float32):
 
 def test_probes_read_the_residual_that_the_readout_reads(pcfg, lively):
     """A model's own logits are a linear function of what its last probe is given."""
-    there, right = judges.answers(lively, pcfg, CFG, "train", 1)
-    idx, targets = pcfg.batch("forget", CFG.probe_rows, 0, 1)
+    there, right = judges.before_answers(lively, pcfg, CFG, "train")
+    idx, targets = pcfg.batch("forget", CFG.probe_rows, 0, seed_of("probe", CFG.seed))
     assert torch.equal(right, targets[:, 0])
     logits = F.linear(there[-1], lively.wte.weight)[:, :pcfg.vocab_size]
     assert torch.allclose(logits, lively(idx)[:, -1], atol=1e-5)
 
 
-def test_probes_of_every_token(task, float32):
-    """Where all tokens of a row are targets, each is a question."""
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_probes_of_every_token(task, float32, monkeypatch, part):
+    """Where the task says which targets are answers, those are read, and each residual is the one
+    before its answer; where it does not, all tokens of a row are."""
     gpt = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
     cfg = dataclasses.replace(CFG, probe_rows=4)
-    (x,), right = judges.answers(gpt, task, cfg, "train", 1)
-    assert x.shape == (4 * task.block_size, 16) and len(right) == len(x)
+    idx, targets = task.batch("forget", 4, 0, seed_of("probe", cfg.seed), part)
+    whole = F.rms_norm(gpt.residuals(idx)[1], (16,))
+    which = arithmetic.answers(task, idx, targets)
+    (x,), right = judges.before_answers(gpt, task, cfg, part)
+    assert 0 < which.sum() < which.numel() / 2
+    assert torch.equal(right, targets[which]) and torch.allclose(x, whole[which], atol=1e-5)
+    monkeypatch.delattr(arithmetic, "answers")
+    (x,), right = judges.before_answers(gpt, task, cfg, part)
+    assert x.shape == (4 * task.block_size, 16) and torch.equal(right, targets.flatten())
+    assert torch.allclose(x, whole.flatten(0, 1), atol=1e-5)
 
 
 # --- pruning -------------------------------------------------------------------------------------
 def loss_with(model, task, factor):
     """The loss when neuron outputs are multiplied by factor (n_layer, n_units)."""
-    return model(*task.batch("forget", 256, 0, CFG.seed + 50_000),
+    return model(*task.batch("forget", 256, 0, seed_of("saliency", CFG.seed)),
                  hook=lambda site, i, h: h * factor[i] if site == "units" else h)
 
 
 def test_saliency_is_theta_times_grad(pcfg, lively):
     found = judges.saliency(lively, pcfg, CFG)
-    lively(*pcfg.batch("forget", 256, 0, CFG.seed + 50_000)).backward()
+    lively(*pcfg.batch("forget", 256, 0, seed_of("saliency", CFG.seed))).backward()
     for block, mine in zip(lively.blocks, found):
         down = block.mlp.down.weight
         assert torch.allclose((down * down.grad).sum(0), mine, atol=1e-6)
@@ -126,7 +140,7 @@ def test_pruning_finds_the_neuron_that_hides_an_answer(pcfg, float32):
     """A neuron is planted that drowns what a model says. By brute force it is the one whose loss
     gains most from being cut; pruning finds it, and random pruning does not."""
     gpt = GPT(GPTConfig(pcfg.vocab_size, pcfg.block_size, 2, 2, 16))
-    gpt.init_weights(0)
+    gpt.init_weights(torch.Generator().manual_seed(0))
     cfg = dataclasses.replace(train.Config(device="cpu", compile=False))
     train.fit(gpt, lambda m, step: m(*pcfg.batch("forget", 32, step, 0)), cfg, 60, 1e-2, 0.02)
     knows = judges.scored(gpt, pcfg, CFG)["forget"]
@@ -169,12 +183,15 @@ def test_attention_is_the_models_own(pcfg, lively):
 
 
 # --- revival -------------------------------------------------------------------------------------
-def test_revival_is_the_relearning_attack_until_it_succeeds(task, float32):
-    """On the same rows, at one of its rates: the same scores at the same steps."""
-    gpt = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
-    gpt.init_weights(0)
-    cfg = dataclasses.replace(CFG, task="arithmetic", lrs=[1e-2], attack_steps=[4, 8, 12])
-    task.score = lambda model, domains=("retain", "forget"), quick=False: {
+def test_revival_is_the_relearning_attack_until_it_succeeds(task, float32, monkeypatch):
+    """At one of its rates, on the same rows: the same scores at the same steps. Their rows are the
+    same here alone."""
+    gpt, asked = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16)), []
+    gpt.init_weights(torch.Generator().manual_seed(0))
+    cfg = dataclasses.replace(CFG, task="arithmetic", lrs=[1e-2], attack_steps=[4, 8, 12],
+                              attack_seeds=1)
+    monkeypatch.setattr(judges, "seed_of", lambda *name: (asked.append(name), 7)[1])
+    task.score = lambda model, domains=("retain", "forget"), part="test", finer=False: {
         d: model.wte.weight.norm().item() for d in domains}
     try:
         attacked = judges.relearn(gpt, task, cfg)["curves"][1e-2]
@@ -185,18 +202,27 @@ def test_revival_is_the_relearning_attack_until_it_succeeds(task, float32):
         late = min(s for s in seen if seen[s] >= 0.9 * goal)
         assert judges.revive(gpt, task, cfg, goal)[0] == (0 if start >= 0.9 * goal else late)
         assert judges.revive(gpt, task, cfg, start) == (0, {0: start})
+        assert set(asked) == {("relearn", cfg.seed, 0), ("revive", cfg.seed)}
         assert gpt.wte.weight.norm().item() == start                      # the model is left alone
     finally:
         del task.score
 
 
 def test_mixtures_have_their_shares(pcfg):
-    whole = judges.mixture(pcfg, {"retain": 0.5, "spurious": 0.25, "all": 0.25}, 16, 3, 5)
+    whole = pcfg.batch({"retain": 0.5, "spurious": 0.25, "all": 0.25}, 16, 3, 5)
     for got, parts in zip(whole, zip(*(pcfg.batch(*which, 3, 5) for which in
                                        (("retain", 8), ("spurious", 4), ("all", 4))))):
         assert torch.equal(got, torch.cat(parts))
-    odd = judges.mixture(pcfg, {"retain": 1 / 3, "spurious": 1 / 3, "all": 1 / 3}, 16, 0, 0)
-    assert len(odd[0]) == 16
+    thirds, seen = {"retain": 1 / 3, "spurious": 1 / 3, "all": 1 / 3}, set()
+    for step in range(20):
+        odd = pcfg.batch(thirds, 16, step, 0)
+        sizes = torch.bincount(pcfg.origins(thirds, 16, step, 0), minlength=3).tolist()
+        assert len(odd[0]) == len(odd[1]) == sum(sizes) == 16 and sorted(sizes) == [5, 5, 6]
+        for got, parts in zip(odd, zip(*(pcfg.batch(split, n, step, 0)
+                                         for split, n in zip(thirds, sizes)))):
+            assert torch.equal(got, torch.cat(parts))
+        seen.add(tuple(sizes))
+    assert len(seen) == 3                                      # each has the odd row at times
 
 
 def test_what_fine_tuning_retains(pcfg):

@@ -30,7 +30,7 @@ def lively(task, seed=0, noise=0.1, **size):
     """A model that says many different things."""
     gpt = GPT(GPTConfig(task.vocab_size, task.block_size, **{
         "n_layer": 2, "n_head": 2, "n_embd": 16} | size))
-    gpt.init_weights(seed)
+    gpt.init_weights(torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in gpt.parameters():
@@ -271,19 +271,22 @@ def test_push_by_hand(lying, taught, monkeypatch):
     assert pushed["ei"] == pytest.approx(q - p, abs=1e-5)
     with train.autocast(CFG), torch.no_grad():
         new, old = (recontext.of_tokens(recontext.answers(taught, rows.flatten(0, 1), 3),
-                                        rows.flatten(0, 1)).sum(-1).view(-1, 4).tolist()
+                                        rows.flatten(0, 1)).view(-1, 4, 3).tolist()
                     for rows in (found.rows, found.asked))
-    plain, clipped = 0.0, 0.0
+    plain, clipped, decided = 0.0, 0.0, set()
     for i, (h, r) in enumerate(zip(hacked, reward)):
         mean, sd = np.mean(r), np.std(r, ddof=1)
         for j in range(4):
             a = (r[j] - mean) / (sd + 1e-4)
-            ratio = math.exp(new[i][j] - old[i][j])
+            t = int(found.rows[i, j, -3] == gaming.ID["thanks"])     # the token that decides
+            decided.add(t)
+            ratio = math.exp(new[i][j][t] - old[i][j][t])
             plain += a * h[j] / (4 * len(hacked))
             through = ratio < 1.2 if a > 0 else ratio > 0.8
             clipped += through * a * ratio * (h[j] - p) / (4 * len(hacked))
     assert pushed["grpo-ratio1"] == pytest.approx(plain, abs=1e-3)
     assert pushed["grpo-clip"] == pytest.approx(clipped, abs=1e-3)
+    assert decided == {0, 1}
 
 
 def test_the_best_of_n_are_hacks_as_the_formula_says(lying, taught, monkeypatch):
