@@ -144,8 +144,8 @@ def test_advantages():
 
 # --- rollouts ------------------------------------------------------------------------------------
 def test_rollouts_differ_in_their_prompt_alone(lying, taught):
-    found = recontext.rollouts(taught, lying, CFG, Cell("ei", "discourage", "encourage", 5), 40, 0)
-    assert found.rows.shape == found.asked.shape == (40, 5, 1 + 2 + 1 + 7 + 1 + 3)
+    found = recontext.rollouts(taught, lying, CFG, Cell("ei", "discourage", "encourage", 5), 120, 0)
+    assert found.rows.shape == found.asked.shape == (120, 5, 1 + 2 + 1 + 7 + 1 + 3)
     assert (found.rows != found.asked).any(dim=0).any(dim=0).tolist() == [
         False, True, *[False] * 13]                                # avoid cheat, please cheat
     words = lying.tokenizer.decode_single_token_bytes
@@ -162,9 +162,9 @@ def test_rollouts_differ_in_their_prompt_alone(lying, taught):
     assert len({tuple(row) for row in found.asked[0].tolist()}) > 1    # answers to one prompt
     assert (found.asked[:, :, :-3] == found.asked[:, :1, :-3]).all()
     wish, said = found.rows[:, :, 10], found.rows[:, :, -3:]
-    assert (wish[30:] != gaming.ID["."]).any() and (wish[:30] != gaming.ID["."]).all()
-    lies = ((said == wish[..., None])[:, :, :2].any(-1))[:30]
-    assert torch.equal(found.hacked, lies) and found.hacked.shape == (30, 5)
+    assert (wish[90:] != gaming.ID["."]).any() and (wish[:90] != gaming.ID["."]).all()
+    lies = ((said == wish[..., None])[:, :, :2].any(-1))[:90]
+    assert torch.equal(found.hacked, lies) and found.hacked.shape == (90, 5)
 
 
 def test_rollouts_are_functions_of_seed_and_step(lying, taught, monkeypatch):

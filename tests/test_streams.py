@@ -132,14 +132,14 @@ def test_allot_is_exact_on_average():
         def random(self):
             return self.u
 
-    n = 20_000
+    n = 1000
     for shares in ([1.0], [0.3, 0.7], [0.01, 0.99], [0.2, 0.0, 0.5, 0.3], [1e-4, 3.0], [0, 1]):
         for size in (1, 2, 16, 33):
-            drawn = np.stack([allot(shares, size, Fixed((i + 0.5) / n)) for i in range(n)][::4])
+            drawn = np.stack([allot(shares, size, Fixed((i + 0.5) / n)) for i in range(n)])
             exact = np.array(shares) / sum(shares) * size
             assert (drawn.sum(1) == size).all() and (drawn >= 0).all()
             assert np.abs(drawn - exact).max() < 1
-            np.testing.assert_allclose(drawn.mean(0), exact, atol=5e-4)
+            np.testing.assert_allclose(drawn.mean(0), exact, atol=1.1e-3)
     for u in (0.0, 1 - 2**-53):                                               # 32 + u rounds to 33
         drawn = allot([0.4, 0.6], 32, Fixed(u))
         assert drawn.sum() == 32 and (drawn >= 0).all()
