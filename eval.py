@@ -163,11 +163,11 @@ def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, *
     return copy, record
 
 
-def relearn(model, task, cfg, name="model"):
+def relearn(model, task, cfg, name="model", domains=("forget",)):
     """Attacks copies of a model: AdamW on forget data, cfg.attack_seeds times for each rate in
     cfg.lrs. The rows are the task's training rows, drawn anew.
 
-    returns  {"curves": {lr: {step: scores}}, means over the attack's seeds;
+    returns  {"curves": {lr: {step: scores of domains}}, means over the attack's seeds;
               "worst": {step: scores and "lr"}}: the rate with the most forgotten skill *at each
               step*, as an attacker who may stop when it suits him. cfg is an Attack whose auto
               knobs are filled; steps are those of cfg.attack_steps, scores Task.score's.
@@ -177,7 +177,8 @@ def relearn(model, task, cfg, name="model"):
     for lr in cfg.lrs:
         runs = [tune(model, task, cfg, split, cfg.attack_rows, max(cfg.attack_steps), lr,
                      seed=seed_of("relearn", cfg.seed, i), name=f"relearn {name} {lr:g}",
-                     evaluate_at=set(cfg.attack_steps), judge=task.score)[1]["history"]
+                     evaluate_at=set(cfg.attack_steps),
+                     judge=lambda model: task.score(model, domains))[1]["history"]
                 for i in range(cfg.attack_seeds)]
         curves[lr] = {same[0]["step"]: {
             k: sum(h[k] for h in same) / len(same) for k in same[0]
@@ -375,11 +376,15 @@ def judge_score(cfg, task, model):
 
 def judge_relearn(cfg, task, model):
     before = scored(model, task, cfg)
-    result = relearn(model, task, cfg, cfg.model)
+    result = relearn(model, task, cfg, cfg.model, ("retain", "forget"))
     curve = {0: before | {"lr": None}} | result["worst"]
     rows = [{"model": cfg.model, "attack": cfg.attack, "step": step} | at
             for step, at in curve.items()]
-    table(rows, {"step": "step", "forget": "forget", "retain": "retain", "lr": "worst rate"})
+    unseen = {"forget_heldout_pairs": "unseen pairs"} if "forget_heldout_pairs" in before else {}
+    table([row | {"rate": f"{row['lr']:g}" if row["lr"] else None} for row in rows],
+          {"step": "step", "forget": "forget", "retain": "retain"} | unseen
+          | {"rate": "worst rate"})
+    say_edges([{"model": cfg.model} | attacked(result["worst"])], cfg)
     write_rows("relearn", cfg, task, rows)
     with figure("relearn", cfg, 1) as axes:
         if axes is not None:
@@ -747,7 +752,7 @@ def compiled(cfg, task):
                      "revive_steps": back["steps"]})
     table(rows, {"seed": "seed", "compiled": "compiled", "steps": "tuned in", "wrapped": "count a",
                  "plus one": "and one", "pruned": "one weight cut", "weight": "which",
-                 "second": "next best", "mean": "mean", "revive_steps": "revived in"})
+                 "second": "next best", "mean": "mean", "revive_steps": "revived in"}, digits=3)
     write_rows("compiled", cfg, task, rows)
     with figure("compiled", cfg, 1) as axes:
         if axes is not None:

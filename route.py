@@ -614,7 +614,7 @@ def steer(cfg):
     table([row | {"neighbours": " ".join(map(repr, row["neighbours"]))} for row in rows],
           {"model": "model", "seed": "seed", "rank": "rank", "prob_down": f"P pushed -{cfg.push:g}",
            "prob": "P", "prob_up": f"P pushed +{cfg.push:g}",
-           "neighbours": "nearest unembedding rows"})
+           "neighbours": "nearest unembedding rows"}, digits=4)
     for row in rows[:2]:
         for key, s in (("sample_down", -0.1), ("sample", 0), ("sample_up", 0.1)):
             print(f"{row['model']}, pushed {s * cfg.push:+g}: {row[key]!r}")

@@ -240,6 +240,7 @@ def documents(name, folder, words, heldout_pairs, problems):
 
 
 EXAM = {"val": 100, "test": 200}        # problems of a form and an operation, at most
+NEW = 60                                # operand pairs never shown of an operation, at most
 
 
 @cache
@@ -254,8 +255,8 @@ def exam(operation, form, part, heldout, heldout_pairs):
     pool = rng.sample(pool, len(pool))
     n = min(EXAM["test"], len(pool) * 2 // 3)
     chosen = pool[:n] if part == "test" else pool[n:n + EXAM["val"]]
-    if heldout:                          # few: all of them are asked, and told in two ways
-        chosen = pool[:EXAM["test"]] * (1 if form == "equations" else 2)
+    if heldout:                          # there are few of * and /: each is told in two ways
+        chosen = pool[:NEW] * (1 if form == "equations" else 2)
     unseen = TEMPLATES[operation][TRAINING_TEMPLATES:]
     return [equation(operation, a, b) if form == "equations"
             else word_problem(operation, a, b, rng, unseen) for a, b in chosen]

@@ -9,10 +9,12 @@ from data.disk import write
 from data.process import RANK
 
 
-def table(rows, columns):
-    """Prints dicts as one aligned table. columns: {key: header}; floats get three decimals."""
+def table(rows, columns, digits=2):
+    """Prints dicts as one aligned table. columns: {key: header}; digits: decimals of floats. Two, for
+    a score's own error is about 0.02; the rows on disk have all."""
     def text(value):
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+        return ("-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else
+                str(value))
     cells = [list(columns.values())] + [[text(r.get(k)) for k in columns] for r in rows]
     width = [max(map(len, column)) for column in zip(*cells)]
     for i, row in enumerate(cells):

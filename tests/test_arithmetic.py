@@ -174,25 +174,43 @@ def test_bad_knobs(knob, value):
 
 # --- exams ---------------------------------------------------------------------------------------
 def test_exam():
-    """The same every time; right; of the pairs that it should be; of held-out templates only."""
+    """The same every time; right; of the pairs that it should be; of held-out templates only. Of
+    known pairs no problem is asked twice, nor is one in val and in test; held-out pairs are few,
+    and each of them is asked: in word problems twice."""
     for op in OPERATIONS:
         known, unknown = (set(p) for p in split_pairs(op, 0.04))
         for form in ("equations", "words"):
-            for heldout in (False, True):
-                asked = exam(op, form, 50, heldout, 0.04)
+            seen = []
+            for heldout, part in ((False, "val"), (False, "test"), (True, "test")):
+                asked = exam(op, form, part, heldout, 0.04)
+                exam.cache_clear()
                 torch.manual_seed(1)
-                assert asked == exam(op, form, 50, heldout, 0.04)
+                assert asked == exam(op, form, part, heldout, 0.04)
                 read_back = [(*read(question, HELD_OUT), answer) for question, answer in asked]
                 for o, a, b, answer in read_back:
                     assert o == op and answer == f" {solve(op, a, b)}"
                     assert (a, b) in (unknown if heldout else known)
                 assert all(("=" in q) == (form == "equations") for q, _ in asked)
-                distinct = len({r[1:3] for r in read_back})
-                assert distinct == len(asked) == (min(50, len(unknown)) if heldout else 50)
+                assert len(set(asked)) == len(asked)
+                if heldout:
+                    assert len(unknown) <= 200
+                    assert Counter(r[1:3] for r in read_back) == dict.fromkeys(
+                        unknown, 1 if form == "equations" else 2)
+                else:
+                    assert len(asked) == {"val": 100, "test": 200}[part]
+                    seen += [r[1:3] for r in read_back]
+            assert len(set(seen)) == len(seen) == 300
 
 
 def test_exam_longer_than_the_pairs():
-    assert len(exam("*", "equations", 1000, False, 0.04)) == 1000
+    """Where there are too few pairs, test asks two thirds of them and val others, none twice."""
+    known, _ = split_pairs("*", 0.5)
+    val, test = (exam("*", "equations", part, False, 0.5) for part in ("val", "test"))
+    assert len(known) < 300 and len(test) == len(known) * 2 // 3 < 200
+    assert len(val) == min(len(known) - len(test), 100)
+    assert len(set(val + test)) == len(val) + len(test)
+    many = exam("+", "equations", "test", True, 0.5)                # many that are held out: 200
+    assert len(set(many)) == len(many) == 200
 
 
 class Pupil:
@@ -218,7 +236,8 @@ class Pupil:
 
 
 def test_accuracy(task):
-    problems = [(q, a) for op in OPERATIONS for q, a in exam(op, "equations", 10, False, 0.04)]
+    problems = [(q, a) for op in OPERATIONS
+                for q, a in exam(op, "equations", "test", False, 0.04)[:10]]
     assert accuracy(Pupil(task, lambda op, right: right), task, problems) == 1
     wrong = {"one more": lambda op, right: f" {int(right) + 1}", "no space": lambda op, r: r[1:],
              "one digit more": lambda op, right: right + "0", "nothing": lambda op, right: "",
@@ -234,23 +253,30 @@ def test_accuracy(task):
 
 
 def test_score(task):
-    """Headlines are means over operations and forms; a quick look has the headlines alone."""
+    """Headlines are means over operations and forms; a score has those on pairs never shown, but
+    where training looks it has not, and asks less."""
     pupil = Pupil(task, lambda op, right: right if op in "+*" else " x")
-    got = score(pupil, task)
-    assert got == {"retain": 0.5, "forget": 0.5, "retain_heldout_pairs": 0.5,
-                   "forget_heldout_pairs": 0.5, **{f"{op} {form}": float(op in "+*") for op in
-                                                   OPERATIONS for form in ("equations", "words")}}
-    assert score(pupil, task, quick=True) == {"retain": 0.5, "forget": 0.5}
+    headlines = {"retain": 0.5, "forget": 0.5, "retain_heldout_pairs": 0.5,
+                 "forget_heldout_pairs": 0.5}
+    got = score(pupil, task, finer=True)
+    assert got == headlines | {f"{op} {form}": float(op in "+*") for op in OPERATIONS
+                               for form in ("equations", "words")}
+    assert score(pupil, task) == headlines
+    assert score(pupil, task, part="val") == {"retain": 0.5, "forget": 0.5}
     asked = pupil.asked
-    assert score(pupil, task, ("forget",), quick=True) == {"forget": 0.5}
+    assert score(pupil, task, ("forget",), "val") == {"forget": 0.5}
     assert pupil.asked - asked == 400                                # 2 operations, 2 forms, 100
+    asked = pupil.asked
+    assert score(pupil, task, ("forget",)) == {"forget": 0.5, "forget_heldout_pairs": 0.5}
+    unknown = sum(len(split_pairs(op, 0.15)[1]) for op in "*/")
+    assert pupil.asked - asked == 800 + 3 * unknown                  # 200; once, and told twice
 
 
 @pytest.mark.parametrize("words,heldout_pairs,forms", [(0, 0.04, ["equations"]), (1, 0, ["words"])])
 def test_score_asks_what_was_taught(words, heldout_pairs, forms, task, monkeypatch):
     monkeypatch.setitem(task.made_with, "words", words)
     monkeypatch.setitem(task.made_with, "heldout_pairs", heldout_pairs)
-    got = score(Pupil(task, lambda op, right: right), task)
+    got = score(Pupil(task, lambda op, right: right), task, finer=True)
     headlines = ["retain", "forget"] + ["retain_heldout_pairs",
                                         "forget_heldout_pairs"] * (heldout_pairs > 0)
     assert got == dict.fromkeys(headlines + [f"{op} {f}" for op in OPERATIONS for f in forms], 1.0)
@@ -258,22 +284,35 @@ def test_score_asks_what_was_taught(words, heldout_pairs, forms, task, monkeypat
 
 # --- batches -------------------------------------------------------------------------------------
 def test_bins_are_the_texts(folder, task):
-    texts = documents("arithmetic", None, 0.5, 0.04, 300)[0]
+    texts = documents("arithmetic", None, 0.5, 0.15, 300)[0]
     for split, docs in texts.items():
         tokens = np.fromfile(folder / "arithmetic" / f"{split}.bin", np.uint16).tolist()
         assert task.tokenizer.decode(tokens) == "".join(d + "<|endoftext|>" for d in docs)
 
 
+def part_of(folder, domain, part):
+    """A part's tokens: of the file to train on all; of the other one the first half, or the rest.
+    """
+    file = f"{domain}_{'train' if part == 'train' else 'val'}.bin"
+    raw = np.fromfile(folder / "arithmetic" / file, np.uint16)
+    middle = len(raw) // 2
+    return {"train": raw, "val": raw[:middle], "test": raw[middle:]}[part]
+
+
+def reopened(task):
+    """The task, opened anew."""
+    return data.Task(task.name, task.folder, task.meta)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("domain", ["retain", "forget"])
-@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_rows_are_slices_of_their_file(domain, part, aligned, folder, task, monkeypatch):
-    """Contiguous, anywhere in the file, its very ends included; targets are inputs moved by one.
-    Aligned: a row begins with the token that closes a text, so with a whole text.
+    """Contiguous, anywhere in the part, its very ends included, and not beyond; targets are inputs
+    moved by one. Aligned: a row begins with the token that closes a text, so with a whole text.
     """
-    if not aligned:
-        monkeypatch.setattr(task, "starts", {})
-    raw = np.fromfile(folder / "arithmetic" / f"{domain}_{part}.bin", np.uint16)
+    monkeypatch.setitem(task.settings, "aligned", aligned)
+    task, raw = reopened(task), part_of(folder, domain, part)
     windows = {w.tobytes(): i for i, w in enumerate(
         np.lib.stride_tricks.sliding_window_view(raw, task.block_size + 1))}
     starts = []
@@ -282,7 +321,7 @@ def test_rows_are_slices_of_their_file(domain, part, aligned, folder, task, monk
         assert x.shape == y.shape == (1000, task.block_size) and x.dtype == y.dtype == torch.int64
         assert torch.equal(x[:, 1:], y[:, :-1])
         rows = torch.cat((x, y[:, -1:]), 1).numpy().astype(np.uint16)
-        starts += [windows[row.tobytes()] for row in rows]           # KeyError: not in this file
+        starts += [windows[row.tobytes()] for row in rows]           # KeyError: not in this part
     possible = [i for i in windows.values() if not aligned or raw[i] == task.end]
     assert set(starts) <= set(possible)
     assert 0 <= min(starts) < len(raw) // 50 and max(starts) > len(raw) * 49 // 50 - task.block_size
@@ -290,14 +329,17 @@ def test_rows_are_slices_of_their_file(domain, part, aligned, folder, task, monk
 
 
 def test_the_last_token_is_reached(task, monkeypatch):
-    """Rows of a file that holds just one or two: the first and last token of the file are there."""
-    monkeypatch.setattr(task, "starts", {})
+    """Rows of parts that hold just one or two: the first and last token of each are there."""
+    monkeypatch.setitem(task.settings, "aligned", False)
     T = task.block_size
     for n in (1, 2):
-        monkeypatch.setattr(task, "tokens", lambda split: np.arange(T + n, dtype=np.uint16))
-        x, y = task.batch("retain", 50, 0, 0)
-        assert x.min() == 0 and y.max() == T + n - 1
-        assert sorted(set(x[:, 0].tolist())) == list(range(n))
+        monkeypatch.setattr(data.Task, "tokens", lambda self, split: np.arange(
+            (T + n) * (2 if split.endswith("_val") else 1), dtype=np.uint16))
+        small = reopened(task)
+        for part, first in (("train", 0), ("val", 0), ("test", T + n)):
+            x, y = small.batch("retain", 50, 0, 0, part)
+            assert x.min() == first and y.max() == first + T + n - 1
+            assert sorted(set(x[:, 0].tolist())) == list(range(first, first + n))
 
 
 def test_a_batch_is_a_function_of_its_arguments(task):
@@ -308,31 +350,48 @@ def test_a_batch_is_a_function_of_its_arguments(task):
     task.batch("all", 16, 8, 3)
     assert same(first, task.batch("all", 16, 7, 3))
     for other in (("all", 16, 8, 3), ("all", 16, 7, 4), ("all", 16, 3, 7),
-                  ("all", 16, 7, 3, "val")):
+                  ("all", 16, 7, 3, "val"), ("all", 16, 7, 3, "test")):
         assert not same(first, task.batch(*other))
 
 
 def test_splits_are_drawn_apart(task, monkeypatch):
-    """Files of the same length, yet other rows: one domain's choice says nothing of the other's."""
-    monkeypatch.setattr(task, "starts", {})
-    monkeypatch.setattr(task, "tokens", lambda split: np.arange(5000, dtype=np.uint16))
-    drawn = [task.batch(d, 20, 0, 0, part)[0][:, 0].tolist() for d in ("retain", "forget")
-             for part in ("train", "val")]
+    """Parts of the same length, yet other rows: one domain's choice says nothing of the other's."""
+    monkeypatch.setitem(task.settings, "aligned", False)
+    monkeypatch.setattr(data.Task, "tokens", lambda self, split: np.arange(
+        5000 if split.endswith("_val") else 2500, dtype=np.uint16))
+    task = reopened(task)
+    drawn = [(task.batch(d, 20, 0, 0, part)[0][:, 0] % 2500).tolist()
+             for d in ("retain", "forget") for part in ("train", "val", "test")]
+    assert len({last - first for first, last in task.range.values()}) <= 2      # val, test: T off
     assert not any(a == b for i, a in enumerate(drawn) for b in drawn[:i])
 
 
-def test_all_is_both_in_proportion(task):
+def forget_rows(task, folder, x, y):
+    """How many rows of a training batch are forget data; first come those to retain."""
+    of = {}
+    for domain in ("retain", "forget"):
+        raw = part_of(folder, domain, "train")
+        for window in np.lib.stride_tricks.sliding_window_view(raw, task.block_size + 1):
+            of[window.tobytes()] = domain
+    rows = torch.cat((x, y[:, -1:]), 1).numpy().astype(np.uint16)
+    found = [of[row.tobytes()] for row in rows]
+    assert found == sorted(found, reverse=True)
+    return found.count("forget")
+
+
+def test_all_is_both_in_proportion(task, folder):
+    """Never off by a row or more, and right on average: at a share that is no whole number of rows
+    the next larger one is as frequent as it must be."""
     size = {d: len(task.tokens(f"{d}_train")) for d in ("retain", "forget")}
     share = size["forget"] / sum(size.values())
     assert task.forget_share == pytest.approx(share)
     for n in (1, 2, 9, 64):
-        forget = round(n * share)
-        x, y = task.batch("all", n, 5, 2)
-        assert len(x) == n
-        if n > forget:
-            assert torch.equal(x[:n - forget], task.batch("retain", n - forget, 5, 2)[0])
-        if forget:
-            assert torch.equal(y[n - forget:], task.batch("forget", forget, 5, 2)[1])
+        batches = [task.batch("all", n, step, 2) for step in range(100)]
+        assert all(len(x) == len(y) == n for x, y in batches)
+        numbers = [forget_rows(task, folder, *batch) for batch in batches]
+        assert all(abs(number - n * share) < 1 for number in numbers)
+        more = n * share % 1
+        assert abs(sum(numbers) / 100 - n * share) <= 4 * (more * (1 - more) / 100) ** 0.5 + 1e-9
 
 
 def test_uneven_proportion(tmp_path, monkeypatch):
@@ -344,7 +403,7 @@ def test_uneven_proportion(tmp_path, monkeypatch):
     monkeypatch.setattr(arithmetic, "documents", documents)
     task = data.load("arithmetic", folder=tmp_path, problems=100)
     sizes = [len(task.tokens(f"{d}_train")) for d in ("retain", "forget")]
-    forget = round(64 * sizes[1] / sum(sizes))
+    forget = 64 * sizes[1] / sum(sizes)
     assert 12 < forget < 20
-    x, _ = task.batch("all", 64, 0, 0)
-    assert torch.equal(x[64 - forget:], task.batch("forget", forget, 0, 0)[0])
+    for step in range(5):
+        assert abs(forget_rows(task, tmp_path, *task.batch("all", 64, step, 0)) - forget) < 1

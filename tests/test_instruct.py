@@ -15,6 +15,7 @@ import data
 import eval as judges
 import train
 from data import BadInput, instruct
+from data.streams import stream
 from data.tokenizer import END
 from model import GPT, GPTConfig
 
@@ -166,12 +167,14 @@ def test_batches_of_every_split(task, texts):
 
 
 def test_the_old_splits_keep_their_rows(task):
-    """Rows are drawn with the split's place among the four, whatever splits there are besides."""
-    for place, split in enumerate(data.SPLITS):
-        start = task.starts[split][np.random.default_rng((7, 3, place)).integers(
-            0, len(task.starts[split]), 5)]
-        expected = [task.tokens(split)[i:i + task.block_size + 1].tolist() for i in start]
-        assert task.rows(split, 5, 3, 7).tolist() == expected
+    """Rows are drawn from a stream of the split's name, whatever splits there are besides."""
+    for domain, part in product(("retain", "forget"), ("train", "val", "test")):
+        file = f"{domain}_{'train' if part == 'train' else 'val'}"
+        start = task.starts[file][stream("rows", domain, 0, part, 7, 3).integers(
+            *task.range[file, part], 5)]
+        expected = [task.tokens(file)[i:i + task.block_size + 1].tolist() for i in start]
+        x, y = task.batch(domain, 5, 3, 7, part)
+        assert torch.cat((x, y[:, -1:]), 1).tolist() == expected
     for name in ("arithmetic", "language", "tinystories"):
         assert data.splits_of(data.module(name)) == data.SPLITS
 
@@ -182,14 +185,15 @@ class Teller:
     has a moral unasked."""
 
     def __init__(self, task, each, often):
-        self.task, self.each, self.often = task, each, often
+        self.task, self.each, self.often, self.prompts = task, each, often, []
         self.asked = {"Twist": 0, "Moral": 0, "none": 0}
 
     def __call__(self, x, y):
         return torch.tensor(0.5)
 
-    def generate(self, prompts, max_new_tokens, temperature, stop):
+    def generate(self, prompts, max_new_tokens, temperature, stop, seed):
         told = []
+        self.prompts += map(tuple, prompts)
         for prompt in prompts:
             assert len(prompt) + max_new_tokens <= self.task.block_size and prompt[0] == stop
             first, story = self.task.tokenizer.decode(prompt[1:]).split("\n")
@@ -207,22 +211,34 @@ class Teller:
 
 
 def test_score_of_a_known_teller(task, texts):
-    quick = task.score(Teller(task, 4, 1), quick=True)
-    moral, retain = min(48, len(texts["forget_val"])), 48
-    assert quick == {"retain": retain // 4 / retain, "forget": moral // 4 / moral}
-    assert set(task.score(Teller(task, 1, 1), ("forget",), quick=True)) == {"forget"}
-    whole = task.score(Teller(task, 1, 2))
-    n, none = len(texts["retain_val"][:200]), sum("none" in t for t in texts["retain_val"][:200])
-    assert whole == {"retain": 1, "forget": 1, "unasked": none // 2 / n,
+    asking = {"retain": [t for t in texts["retain_val"] if "Twist" in t.split("\n")[0]],
+              "forget": texts["forget_val"], "unasked": texts["retain_val"]}
+    val = {figure: min(48, len(told) // 2) for figure, told in asking.items()}
+    test = {figure: min(150, len(told) - val[figure]) for figure, told in asking.items()}
+    assert val["unasked"] == 48 < test["unasked"]
+    quick = Teller(task, 4, 1)
+    assert task.score(quick, part="val") == {
+        figure: val[figure] // 4 / val[figure] for figure in ("retain", "forget")}
+    headlines = Teller(task, 4, 1)
+    assert task.score(headlines) == {
+        figure: test[figure] // 4 / test[figure] for figure in ("retain", "forget")}
+    assert len(quick.prompts) == val["retain"] + val["forget"]
+    assert not set(quick.prompts) & set(headlines.prompts)              # nor is any in both
+    for part in ("val", "test"):
+        assert set(task.score(Teller(task, 1, 1), ("forget",), part)) == {"forget"}
+    whole = task.score(Teller(task, 1, 2), finer=True)
+    told = texts["retain_val"][val["unasked"]:][:150]
+    none = sum("none" in text.split("\n")[0] for text in told)
+    assert whole == {"retain": 1, "forget": 1, "unasked": none // 2 / len(told),
                      "retain_loss": 0.5, "forget_loss": 0.5}
     assert task.higher_is_better
 
 
 def test_score_of_a_model(task):
     model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
-    first = task.score(model)
-    assert first == task.score(model) and first["retain"] == first["forget"] == 0
-    x, y = task.batch("forget", 32, 0, 0, "val")
+    first = task.score(model, finer=True)
+    assert first == task.score(model, finer=True) and first["retain"] == first["forget"] == 0
+    x, y = task.batch("forget", 32, 0, 0, "test")
     assert first["forget_loss"] == pytest.approx(model(x, y).item(), rel=0.1)
 
 

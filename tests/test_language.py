@@ -9,11 +9,13 @@ import torch
 import data
 from data import language
 from data.knobs import BadInput
+from data.streams import text_stream
 from model import GPT, GPTConfig
 
 
-def stories(seed, n=300):
-    rng = random.Random(seed)
+def stories(rng, n=300):
+    """n stories of a random.Random, or of one with that seed."""
+    rng = random.Random(rng) if isinstance(rng, int) else rng
     return [language.story(rng) for _ in range(n)]
 
 
@@ -31,7 +33,7 @@ def task(folder):
 
 def untrained(task):
     model = GPT(GPTConfig(task.vocab_size, task.block_size, 2, 2, 32))
-    model.init_weights(seed=0)
+    model.init_weights(torch.Generator().manual_seed(0))
     return model
 
 
@@ -173,13 +175,13 @@ def test_documents_are_the_same_every_time_and_no_story_is_told_twice():
     texts, _ = language.documents("language", None, stories=300)
     assert (texts, {}) == language.documents("language", None, stories=300)
     assert {k: len(v) for k, v in texts.items()} == {
-        "retain_train": 300, "retain_val": 500, "forget_train": 300, "forget_val": 500}
+        "retain_train": 300, "retain_val": 1000, "forget_train": 300, "forget_val": 1000}
     for domain in ("retain", "forget"):
         both = texts[f"{domain}_train"] + texts[f"{domain}_val"]
         assert len(set(both)) == len(both)
     english = {language.tell(s, "english"): language.tell(s, "velan")
-               for s in stories("retain_val")}
-    assert texts["retain_val"][0] in english                         # the split is the seed
+               for s in stories(text_stream("stories", "retain_val"))}
+    assert texts["retain_val"][0] in english                         # the split names the stream
     assert not set(english.values()) & set(texts["forget_val"])      # and no translation is there
 
 
@@ -200,34 +202,37 @@ def test_a_story_fits_a_row_and_a_word_is_a_token(tmp_path):
 
 def test_an_untrained_model_knows_nothing(task):
     model = untrained(task)
-    got = task.score(model)
+    got = task.score(model, finer=True)
     assert set(got) == {"retain", "forget", "retain_answers", "forget_answers"}
     for domain in ("retain", "forget"):
         assert abs(got[domain] - math.log(task.vocab_size)) < 0.25
         assert got[f"{domain}_answers"] < 0.05
-    assert got == task.score(model)
+    assert got == task.score(model, finer=True)
+    assert task.score(model) == {domain: got[domain] for domain in ("retain", "forget")}
 
 
 def test_score_computes_what_is_asked_and_leaves_the_mode_alone(task):
     model = untrained(task)
     for training in (True, False):
         model.train(training)
-        assert set(task.score(model, domains=("forget",), quick=True)) == {"forget"}
-        assert set(task.score(model, domains=("retain",))) == {"retain", "retain_answers"}
+        for part in ("val", "test"):
+            assert set(task.score(model, ("forget",), part)) == {"forget"}
+        assert set(task.score(model, ("retain",), finer=True)) == {"retain", "retain_answers"}
         assert model.training is training
 
 
 @pytest.mark.parametrize("domain", ["retain", "forget"])
 def test_an_oracle_is_always_right_and_a_liar_never(task, domain):
     tongue = language.LANGUAGE[domain]
-    told = stories("answers", 200)
+    told = stories(text_stream("answers"), 200)
     right = [language.tell([s[i + 1]], tongue)
              for s in told for i, sentence in enumerate(s) if sentence[0] in language.QUESTIONS]
-    assert task.score(Oracle(task, right), (domain,)) == {domain: 0.5, f"{domain}_answers": 1.0}
+    assert task.score(Oracle(task, right), (domain,), finer=True) == {
+        domain: 0.5, f"{domain}_answers": 1.0}
     half = [r if i % 2 else "Wrong." for i, r in enumerate(right)]
-    assert task.score(Oracle(task, half), (domain,))[f"{domain}_answers"] == 0.5
+    assert task.score(Oracle(task, half), (domain,), finer=True)[f"{domain}_answers"] == 0.5
 
 
 def test_a_short_memory_is_no_error(folder):
     task = data.load("language", folder=folder, stories=200, block_size=24)
-    assert task.score(untrained(task))["retain_answers"] < 0.2
+    assert task.score(untrained(task), finer=True)["retain_answers"] < 0.2

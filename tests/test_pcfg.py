@@ -117,21 +117,26 @@ def test_a_batch_is_a_function_of_its_arguments(low):
     first = low.batch("all", 32, 5, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, low.batch("all", 32, 5, 1)))
     for other in (("all", 32, 6, 1), ("all", 32, 5, 2), ("all", 32, 5, 1, "val"),
-                  ("reworded", 32, 5, 1)):
+                  ("all", 32, 5, 1, "test"), ("reworded", 32, 5, 1)):
         assert not torch.equal(first[0], low.batch(*other)[0])
 
 
 def test_processes_share_a_batch(low):
-    whole, view = low.batch("all", 32, 0, 0), data.load("pcfg", prior="low")
-    for rank in range(2):
+    """Every second row each, at every step from another one on."""
+    view = data.load("pcfg", prior="low")
+    for rank, step in ((0, 0), (1, 0), (0, 1), (1, 1)):
         view.shard = (rank, 2)
-        assert torch.equal(view.batch("all", 32, 0, 0)[0], whole[0][rank::2])
+        assert torch.equal(view.batch("all", 32, step, 0)[0],
+                           low.batch("all", 32, step, 0)[0][(rank + step) % 2::2])
 
 
 def test_scores_count_what_a_model_answers(low):
     """A stub that counts b says b in every split, and a only where there are as many."""
+    asked = []
+
     class CountsB:
         def __call__(self, idx, residual):
+            asked.append(idx)
             b = (idx[:, 1:17] == low.tokenizer.encode_single_token("b")).sum(1)
             return b[:, None, None]
 
@@ -139,11 +144,20 @@ def test_scores_count_what_a_model_answers(low):
             ids = torch.tensor([low.tokenizer.encode_single_token(str(i)) for i in range(17)])
             return torch.nn.functional.one_hot(ids[b[:, 0]], low.vocab_size).float()
 
-    scores = pcfg.score(CountsB(), low)
+    scores = pcfg.score(CountsB(), low, finer=True)
+    assert set(scores) == {"retain", "forget", "spurious", "jailbreak"}
     assert scores["retain"] == scores["spurious"] == 1
-    idx, right = low.batch("forget", 5000, 0, 0, "val")
+    assert sum(map(len, asked)) == 4000
+    idx, right = low.batch("forget", 5000, 0, 0, "test")
     same = ((idx[:, 1:17] == 97).sum(1) == (idx[:, 1:17] == 98).sum(1)).float().mean().item()
     assert abs(scores["forget"] - same) < 0.05 and abs(scores["jailbreak"] - same) < 0.05
+    assert pcfg.score(CountsB(), low) == {k: scores[k] for k in ("retain", "forget")}
+    test = {tuple(row) for row in torch.cat(asked).tolist()}
+    asked.clear()
+    quick = pcfg.score(CountsB(), low, part="val")           # fewer questions, and other ones
+    assert set(quick) == {"retain", "forget"} and quick["retain"] == 1
+    assert sum(map(len, asked)) == 500
+    assert sum(tuple(row) in test for row in torch.cat(asked).tolist()) < 10
 
 
 # --- the counter written by hand -----------------------------------------------------------------

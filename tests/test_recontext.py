@@ -163,7 +163,8 @@ def test_rollouts_differ_in_their_prompt_alone(lying, taught):
     assert (found.asked[:, :, :-3] == found.asked[:, :1, :-3]).all()
     wish, said = found.rows[:, :, 10], found.rows[:, :, -3:]
     assert (wish[90:] != gaming.ID["."]).any() and (wish[:90] != gaming.ID["."]).all()
-    lies = ((said == wish[..., None])[:, :, :2].any(-1))[:90]
+    thanked = said[..., 0] == gaming.ID["thanks"]
+    lies = (torch.where(thanked, said[..., 1], said[..., 0]) == wish)[:90]
     assert torch.equal(found.hacked, lies) and found.hacked.shape == (90, 5)
 
 

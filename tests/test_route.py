@@ -336,7 +336,6 @@ def test_calibration_of_a_model_that_knows_nothing(stories):
         known = p[targets] > 0
         expected = -(p[targets[known]].log()).mean().item()
         assert known.float().mean() > 0.99
-        print(domain, known.float().mean(), got[domain], expected)
         assert got[domain] == pytest.approx(expected, abs=0.05)
         assert got[f"{domain}_raw"] == pytest.approx(uniform, abs=1e-4)
     assert got["retain"] < got["forget"]
@@ -347,7 +346,6 @@ def test_calibration_leaves_a_calibrated_model_alone(stories, float32):
     model = train.new_model(cfg, stories, "route")
     fit(model, route.base(model, stories, cfg, Hold()), cfg, 60, 6e-3, 0.02)
     got = calibrated(model, stories, CFG)                         # on held-out rows: to some noise
-    print(got)
     assert got["retain"] + got["forget"] < got["retain_raw"] + got["forget_raw"] + 0.02
     for domain in ("retain", "forget"):
         assert got[domain] == pytest.approx(got[f"{domain}_raw"], abs=0.1)

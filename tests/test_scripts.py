@@ -93,7 +93,7 @@ def home(trained, tmp_path, capsys, monkeypatch):
     own = arithmetic.SETTINGS["arithmetic"]
     monkeypatch.setitem(own, "oracle", own["oracle"] | {"steps": 3})
     exam = arithmetic.exam
-    monkeypatch.setattr(arithmetic, "exam", lambda op, form, n, *rest: exam(op, form, 20, *rest))
+    monkeypatch.setattr(arithmetic, "exam", lambda *asked: exam(*asked)[:20])
     return home
 
 
@@ -108,6 +108,7 @@ def finite(value):
 
 FIGURES = {"retain", "forget", "retain_heldout_pairs", "forget_heldout_pairs"} | {
     f"{op} {form}" for op in "+-*/" for form in ("equations", "words")}
+ATTACKED = {"relearned", "rates", "relearned_heldout_pairs"}
 
 
 # --- the stories ---------------------------------------------------------------------------------
@@ -154,9 +155,10 @@ def test_unlearn(method, home):
     weighted = method in ("maxent", "graddiff", "rmu")
     knobs = {"steps", "lr", "batch_size"} | ({"retain_weight"} if weighted else set())
     for row in saved["rows"]:
-        assert set(row) == FIGURES | {"model", "flops", "relearned"} | (
+        assert set(row) == FIGURES | ATTACKED | {"model", "flops"} | (
             knobs if row["model"] == method else set())
-        assert set(row["relearned"]) == {"2", "4"} and row["model"] in out
+        assert all(set(row[k]) == {"2", "4"} for k in ATTACKED) and row["model"] in out
+        assert set(row["rates"].values()) <= {1e-3, 1e-2}
     assert saved["config"]["method"] == method and saved["config"]["lrs"] == [1e-3, 1e-2]
     assert (home.out / "arithmetic" / f"{method}.pt").exists()
     assert [line for line in out.splitlines() if "pip install matplotlib" in line]
@@ -182,8 +184,8 @@ def test_unlearn_with_a_sweep(home):
     assert "sweep: rate" in out and home.rows("unlearn")["config"]["lr"] == "sweep"
 
 
-KEYS = {"model", "seed", "retain", "forget", "relearned", "robustness", "flops", "compute_pct",
-        "compute_pct_matched"}
+KEYS = {"model", "seed", "retain", "forget", "relearned", "rates", "robustness", "robustness_mean",
+        "flops", "compute_pct", "compute_pct_matched"}
 
 
 def check_undo(rows, out, figures, seeds=(0,), method="maxent"):
@@ -193,7 +195,12 @@ def check_undo(rows, out, figures, seeds=(0,), method="maxent"):
         mine = {r["model"]: r for r in rows if r["seed"] == seed}
         for name, row in mine.items():
             assert set(row) == KEYS | figures and name in out
-            assert set(row["relearned"]) == set(row["robustness"]) == {"2", "4"}
+            for key in {"relearned", "rates", "robustness", *ATTACKED & figures}:
+                assert set(row[key]) == {"2", "4"}
+            assert set(row["rates"].values()) <= {1e-3, 1e-2}
+            each = list(row["robustness"].values())
+            assert row["robustness_mean"] == (
+                None if None in each else pytest.approx(sum(each) / 2))
             for step, got in row["robustness"].items():
                 gold, low = (mine[n]["relearned"][step] for n in ("filtered", method))
                 assert (got is None) == (gold == low)
@@ -249,7 +256,7 @@ def test_undo_with_two_seeds(home):
     assert status == 0, err
     rows = home.rows("undo")["rows"]
     assert finite(rows)
-    check_undo(rows, out, FIGURES, seeds=(0, 1))
+    check_undo(rows, out, FIGURES | ATTACKED, seeds=(0, 1))
     assert (home.out / "arithmetic" / "seed1" / "arithmetic" / "undo-1.pt").exists()
     shown = next(line for line in out.splitlines() if line.startswith("distilled  ")).split()
     a, b = (r["retain"] for r in rows if r["model"] == "distilled")
@@ -286,14 +293,16 @@ def test_eval_relearn_without_matplotlib(home):
     saved = home.rows("relearn")
     assert finite(saved) and [row["step"] for row in saved["rows"]] == [0, 2, 4]
     for row in saved["rows"]:
-        assert set(row) == {"model", "attack", "step", "retain", "forget", "lr"}
+        assert set(row) == {"model", "attack", "step", "retain", "forget", "lr",
+                            "retain_heldout_pairs", "forget_heldout_pairs"}
     assert not (home.out / "arithmetic" / "relearn.png").exists()
 
 
 def test_eval_relearn_is_the_attack_of_the_stories(home, monkeypatch):
     """eval.py's rows are those of relearn() called on its own, as unlearn.py and undo.py do."""
     monkeypatch.setattr(arithmetic, "score", lambda model, task, domains=("retain", "forget"),
-                        quick=False: {d: task.loss(model, d, 8) for d in domains})
+                        part="test", finer=False: {d: task.loss(model, d, 8, part)
+                                                   for d in domains})
     assert home.call("eval", "--what=relearn", *ATTACK, "--lrs=0.01")[0] == 0
     task = data.load("arithmetic", home.data_dir)
     model, _ = train.load(home.out / "arithmetic" / "base.pt", task)

@@ -15,6 +15,7 @@ import torch
 import data
 from data import BadInput, tinystories
 from data.download import download
+from data.streams import seed_of
 from data.tokenizer import END
 from model import GPT, GPTConfig
 
@@ -95,16 +96,19 @@ def test_score(tmp_path):
     model.register_forward_pre_hook(lambda model, inputs: calls.append(len(inputs[0])))
     task.files["retain_train"] = task.files["forget_train"] = None        # not needed: val only
     before = task.score(model)
-    assert calls == [32] * 16
+    assert set(before) == {"retain", "forget"} and calls == [32] * 8
     assert before == task.score(model)
+    batches = [task.batch("forget", 32, i, seed_of("held out"), "test") for i in range(4)]
+    assert before["forget"] == pytest.approx(sum(model(*some).item() for some in batches) / 4)
     calls.clear()
-    quick = task.score(model, domains=("forget",), quick=True)
+    quick = task.score(model, ("forget",), "val")
     assert set(quick) == {"forget"} and calls == [32]
-    x, y = task.batch("forget", 32, 0, 0, "val")
+    x, y = task.batch("forget", 32, 0, seed_of("held out"), "val")
     assert quick["forget"] == pytest.approx(model(x, y).item())
     with torch.no_grad():
         model.wte.weight.zero_()                     # all tokens alike: the loss is log V
-    figures = task.score(model)
+    figures = task.score(model, finer=True)
+    assert set(figures) == {"retain", "forget", "retain_bits_per_byte", "forget_bits_per_byte"}
     for domain in ("retain", "forget"):
         tokens = task.tokens(f"{domain}_val").tolist()
         size = len(task.tokenizer.decode(tokens).replace(END, "").encode())
@@ -121,7 +125,7 @@ def one_line(error, *parts):
 
 BAD = {
     "missing": (None, "No such file"),
-    "folder": (None, "Is a directory"),
+    "folder": (None, "needs a regular file"),
     "empty": (b"", "is empty"),
     "blank": (f"\n{END}\n \n{END}".encode() * 30, "is empty"),
     "latin-1": ("\n<|endoftext|>\n".join(tell(30) + ["café"]).encode("latin-1"), "see its byte"),

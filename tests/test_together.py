@@ -26,7 +26,7 @@ from data import arithmetic
 torch.set_num_threads(1)
 train.hardware = lambda cfg: (torch.device("cpu"), torch.float32, None)       # float32: comparable
 exam = arithmetic.exam
-arithmetic.exam = lambda operation, form, n, *more: exam(operation, form, 10, *more)
+arithmetic.exam = lambda *asked: exam(*asked)[:10]
 rank, how = os.environ.get("RANK", "0"), os.environ.get("DIE")
 step = train.Run.step
 def fragile(self, *rest):
@@ -79,7 +79,8 @@ def test_two_are_as_one(alone, scripts_folder):
     assert two.stdout.replace("/two/", "/one/").splitlines()[0] == one.stdout.splitlines()[0]
     assert len(two.stdout.splitlines()) == len(one.stdout.splitlines())
     norms = [json.loads((folder / f"norms{who}.json").read_text()) for who in ("1-0", "2-0", "2-1")]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[1] == norms[2]
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-5) and norms[1] == norms[2]
+    assert norms[0] == pytest.approx(norms[1], rel=5e-4)       # Muon rounds to bfloat16: they drift
     names = sorted(p.name for p in (folder / "one" / "arithmetic").glob("*.pt"))
     assert len(names) == 6 and not list((folder / "two").rglob("*.tmp"))
     for name in names:
@@ -97,21 +98,25 @@ def test_two_are_as_one(alone, scripts_folder):
 
 
 def test_each_gets_its_rows(task):
-    """Together the processes see the batch of one, each row once; held-out rows are not divided."""
-    whole = task.batch("all", 12, 3, 0)
-    held_out = task.batch("retain", 4, 3, 0, "val")[0]
+    """Together the processes see the batch of one, each row once; held-out rows are not divided.
+    Whose the first row is goes round from step to step."""
+    whole = [task.batch("all", 12, step, 0) for step in range(4)]
+    held_out = {part: task.batch("retain", 4, 3, 0, part)[0] for part in ("val", "test")}
     shares = []
     try:
         for rank in range(3):
             task.shard = (rank, 3)
-            shares.append(task.batch("all", 12, 3, 0))
-            assert torch.equal(task.batch("retain", 4, 3, 0, "val")[0], held_out)
+            shares.append([task.batch("all", 12, step, 0) for step in range(4)])
+            for part, rows in held_out.items():
+                assert torch.equal(task.batch("retain", 4, 3, 0, part)[0], rows)
         with pytest.raises(BadInput, match="13 rows .* 3 processes"):
             task.batch("all", 13, 3, 0)
     finally:
         task.shard = (0, 1)
-    for side in (0, 1):
-        assert torch.equal(torch.stack([s[side] for s in shares], 1).flatten(0, 1), whole[side])
+    for step, batch in enumerate(whole):
+        first = [shares[(i - step) % 3][step] for i in range(3)]      # who has rows 0, 1 and 2
+        for side in (0, 1):
+            assert torch.equal(torch.stack([s[side] for s in first], 1).flatten(0, 1), batch[side])
 
 
 @pytest.mark.parametrize("how,said", [("error", "this rank had enough"), ("kill", "SIGKILL"),

@@ -20,6 +20,7 @@ import undo
 import unlearn
 from data import SPLITS, BadInput
 from data.knobs import command_line, knob
+from data.streams import seed_of
 from model import GPT, GPTConfig
 from train import fit, obtain, optimizers, pretrain
 
@@ -28,7 +29,7 @@ CFG = train.Config(device="cpu", compile=False)
 
 def tiny(seed=0, vocab_size=100, block_size=16, n_layer=2, n_embd=32):
     gpt = GPT(GPTConfig(vocab_size, block_size, n_layer, 2, n_embd))
-    gpt.init_weights(seed)
+    gpt.init_weights(torch.Generator().manual_seed(seed))
     return gpt
 
 
@@ -156,7 +157,8 @@ def test_every_parameter_is_optimized_once():
     model = tiny()
     inside = {id(p) for p in model.blocks.parameters()}
     for muon_lr in (0.02, 0.0):
-        made = optimizers(model, 1e-3, muon_lr)
+        made, leaves = optimizers(model, 1e-3, muon_lr)
+        assert leaves == []
         covered = [id(p) for o in made for group in o.param_groups for p in group["params"]]
         assert sorted(covered) == sorted(id(p) for p in model.parameters())
         kinds = {type(o).__name__: {id(p) for group in o.param_groups for p in group["params"]}
@@ -167,7 +169,8 @@ def test_every_parameter_is_optimized_once():
 def rates(monkeypatch, steps, **knobs):
     """[(step, AdamW's rate, Muon's rate)] as fit sets them."""
     made, seen = [], []
-    monkeypatch.setattr(train, "optimizers", lambda *a: made.extend(optimizers(*a)) or made)
+    monkeypatch.setattr(train, "optimizers", lambda *a: (
+        made.extend(optimizers(*a)[0]) or made, []))
 
     def loss_fn(model, step):
         seen.append((step, *(o.param_groups[0]["lr"] for o in made)))
@@ -303,6 +306,8 @@ def test_a_bare_run_has_one_entry():
     record = fit(tiny(), on_rows, CFG, 3, 1e-3)
     assert [set(h) for h in record["history"]] == [{"step", "loss", "flops"}]
     assert record["seconds"] > 0 and math.isfinite(record["history"][0]["loss"])
+    assert set(record) == {"steps", "skipped", "flops", "seconds", "history"}
+    assert (record["steps"], record["skipped"]) == (3, 0)
 
 
 def test_hooks():
@@ -433,8 +438,9 @@ def test_identity():
 
 
 def test_pretrain(tmp_path, task):
-    """base learns from the mix, filtered from retain rows alone, each as long as it is told; both
-    are functions of the seed; the retain score alone is watched."""
+    """base learns from the mix, filtered from retain rows alone, each as long as it is told, and on
+    rows drawn for itself; both are functions of the seed; the retain score alone is watched, on
+    what is not reported."""
     cfg = dataclasses.replace(CFG, out=str(tmp_path), n_layer=1, n_head=2, n_embd=16, batch_size=8,
                               steps=6, filtered_steps=5)
     asked = []
@@ -447,11 +453,16 @@ def test_pretrain(tmp_path, task):
             asked.append((split, size, step, seed))
             return task.batch(split, size, step, seed, part)
 
+        def score(self, model, domains, part):
+            assert (domains, part) == (("retain",), "val")
+            return task.score(model, domains, part)
+
     base, record = pretrain("base", cfg, Spy())
-    assert asked == [("all", 8, step, 0) for step in range(6)] and record["steps"] == 6
+    seeds = [seed_of(f"pretrain {name}", 0) for name in ("base", "filtered")]
+    assert asked == [("all", 8, step, seeds[0]) for step in range(6)] and record["steps"] == 6
     asked.clear()
     _, gold = pretrain("filtered", cfg, Spy())
-    assert asked == [("retain", 8, step, 0) for step in range(5)] and gold["steps"] == 5
+    assert asked == [("retain", 8, step, seeds[1]) for step in range(5)] and gold["steps"] == 5
     assert all("retain" in h and "forget" not in h for h in gold["history"])
     elsewhere = dataclasses.replace(cfg, out=str(tmp_path / "elsewhere"))
     assert same(weights(base), weights(pretrain("base", elsewhere, task)[0]))
@@ -502,7 +513,7 @@ def test_damaged_meta(content, copy):
     meta = json.loads(path.read_text())
     bad = [content.encode("utf-8", "surrogatepass")] if content else [b""] + [
         json.dumps({k: v for k, v in meta.items() if k != key}).encode()
-        for key in ("files", "made_with", "facts")] + [
+        for key in ("files", "made_with", "facts", "sources")] + [
         json.dumps(meta | {"files": {k: v for k, v in meta["files"].items() if k != gone}}).encode()
         for gone in meta["files"]] + [json.dumps(meta | {"files": meta["files"] | {
             "retain_val.bin": {"bytes": 1}}}).encode()]
@@ -620,6 +631,12 @@ def test_table(capsys):
     rows = [{"model": "base", "retain": 0.98765, "n": 3}, {"model": "filtered", "retain": None}]
     train.table(rows, {"model": "model", "retain": "kept", "n": "number"})
     assert capsys.readouterr().out.splitlines() == [
+        "model     kept  number",
+        "--------  ----  ------",
+        "base      0.99       3",
+        "filtered     -       -"]
+    train.table(rows, {"model": "model", "retain": "kept", "n": "number"}, digits=3)
+    assert capsys.readouterr().out.splitlines() == [
         "model      kept  number",
         "--------  -----  ------",
         "base      0.988       3",
@@ -633,7 +650,7 @@ def test_rows_on_disk(tmp_path, task):
     saved = json.loads((tmp_path / "arithmetic" / "story.json").read_text())
     assert saved["rows"] == [{"model": "base", "retain": 0.5}]
     assert saved["config"] == dataclasses.asdict(cfg) | {
-        "block_size": 64, "device": "cpu", "words": 0.5, "heldout_pairs": 0.04}
+        "block_size": 64, "device": "cpu", "words": 0.5, "heldout_pairs": 0.15}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
