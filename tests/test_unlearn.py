@@ -490,7 +490,7 @@ def test_relearn(kind, split, task):
     """Copies are attacked, each from the same start, on rows of the right kind that pretraining
     does not see in this order, the same for all rates and others in each run; the model itself
     stays as it was, bit for bit. It is scored on what is reported."""
-    model, asked = small(task)[0], []
+    model, asked, looked = small(task)[0], [], []
     before = weights(model)
 
     class Spy:
@@ -500,12 +500,14 @@ def test_relearn(kind, split, task):
             asked.append(arguments)
             return task.batch(*arguments)
 
-        def score(self, scored, domains=("retain", "forget"), part="test", finer=False):
-            assert part == "test" and not finer and scored is not model
+        def score(self, scored, domains, part="test", finer=False):
+            assert (part, finer) == ("test", False) and scored is not model
+            looked.append(domains)
             return {"retain": 0.5, "forget": task.loss(scored, "forget", rows=4)}
 
     got = relearn(model, Spy(), attack(attack=kind))
     assert same(before, weights(model)) and all(p.grad is None for p in model.parameters())
+    assert looked == [("forget",)] * 18                      # 3 rates, 2 runs, 3 steps
     seeds = [seed_of("relearn", 0, i) for i in range(2)]
     assert asked == [(split, 4, step, seed) for _ in range(3) for seed in seeds
                      for step in range(4)]
@@ -528,7 +530,7 @@ def test_relearning_brings_a_skill_back(task, float32):
     task_of_losses = SimpleNamespace(
         name=task.name, device=task.device, block_size=task.block_size, higher_is_better=False,
         batch=task.batch,
-        score=lambda m: {d: task.loss(m, d, 8) for d in ("retain", "forget")})
+        score=lambda m, domains: {d: task.loss(m, d, 8) for d in domains})
     cfg = dataclasses.replace(attack(), lrs=[0.003, 0.03], attack_steps=[5, 10, 20])
     got = relearn(model, task_of_losses, cfg)
     curve = [got["worst"][s]["forget"] for s in (5, 10, 20)]
