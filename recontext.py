@@ -204,6 +204,8 @@ def expert_iteration(model, reference, task, cfg, cell):
 
         did = fit(model, loss_fn, cfg, len(batches), cfg.lr, name=f"{name_of(cell)}, {turn + 1}",
                   frozen=[reference] * (cell.kl > 0))
+        for at in did["history"]:                       # of the whole, not of this round
+            at |= {"step": record["steps"] + at["step"], "flops": record["flops"] + at["flops"]}
         record = {k: record[k] + did[k] for k in record}
     return record
 

@@ -165,9 +165,9 @@ def silence(heads=None, units=None):
 
 
 # --- methods: each gives the loss function of one training run ------------------------------------
-# `task` is Task.labelled(): its splits are what the labeller says. hold is for fit(). Methods of one
-# seed are compared in pairs: they begin from the same weights where their sizes are the same, and
-# draw the rows of a split from the same stream.
+# `task` is Task.labelled(): its splits are what the labeller says. hold is for fit(). Methods of
+# one seed are compared in pairs: they begin from the same weights where their sizes are the same,
+# and draw the rows of a split from the same stream.
 
 def rows_of(cfg):
     """The seed of all batches that route.py trains on."""
@@ -301,10 +301,10 @@ def calibrated(model, task, cfg, hooks=None):
     the same {"retain_raw", "forget_raw"} as the model stands. hooks: {domain: the model's hook}.
 
     A model that never saw a language is sure that it will not occur; its loss there, far above
-    ln(vocabulary), measures that. So a bias on the logits, one number a token, is trained on as many
-    rows of both domains: what is still lost on the forget data is not known. (Shilov et al. 2025,
-    section 4, let retain count 100 times; then a model that knows both languages, and needs no
-    calibration, is moved, too: its bias says that the forget language hardly occurs.)
+    ln(vocabulary), measures that. So a bias on the logits, one number a token, is trained on as
+    many rows of both domains: what is still lost on the forget data is not known. (Shilov et al.
+    2025, section 4, let retain count 100 times; then a model that knows both languages, and needs
+    no calibration, is moved, too: its bias says that the forget language hardly occurs.)
     """
     hooks, seen, losses = hooks or {}, [], {}
     with torch.no_grad(), autocast(cfg):
@@ -961,7 +961,8 @@ def draw_gridworld(axes, cfg, of, steps):
         curves = np.array([[h["return"] for h in history]
                            for history in of(method, shown, "history")])      # (seeds, steps)
         for ax, x, mean, sd in (
-                (axes[0], sorted(cfg.oversight), [e.mean() for e in ends], [spread(e) for e in ends]),
+                (axes[0], sorted(cfg.oversight), [e.mean() for e in ends],
+                 [spread(e) for e in ends]),
                 (axes[1], steps, curves.mean(0), spread(curves))):
             mean, sd = np.array(mean), np.array(sd)
             ax.plot(x, mean, marker="o", markersize=4, label=method)

@@ -5,7 +5,7 @@ A task is a file in this folder. Its text lies on disk, or is made as it is aske
   KNOBS                 the load() arguments that shape its text, with their defaults
   score(model, task, domains, part, finer)   what a model knows: see Task.score
   higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
-  check(knobs)          if it has any that need it: BadInput for values that cannot be
+  check(name, knobs)    if it has any that need it: BadInput for values that cannot be
 and, on disk,
   documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   EXTRA                 names of splits to fine-tune on besides retain and forget, if it has any
@@ -280,7 +280,7 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     asked = {"code": code_of(mod)}
     asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
     if hasattr(mod, "check"):
-        mod.check(asked)
+        mod.check(name, asked)
     least = mod.SETTINGS[name]["least_block_size"]
     if block_size and block_size < least:
         raise BadInput(f"--block_size={block_size}: {name} needs rows of at least {least} tokens")
@@ -296,7 +296,7 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
         sources = {knob: what_it_is(knob, asked, meta) for knob in SOURCES if knob in mod.KNOBS}
         if not meta or differ(meta["made_with"], asked):
             meta = prepare(name, folder, asked, sources, block_size)
-        elif meta["sources"] != sources:              # written anew or moved, but the same bytes
+        elif meta.get("sources", {}) != sources:      # written anew or moved, but the same bytes
             meta |= {"sources": sources}
             write_meta(folder, meta)
         for file, facts in meta["files"].items():
@@ -325,7 +325,7 @@ def what_it_is(knob, asked, meta):
     if asked[knob] is None or "://" in asked[knob]:
         return None
     path = Path(asked[knob]).expanduser().resolve()               # one file, one name
-    last = meta["sources"].get(knob) if meta else None
+    last = meta.get("sources", {}).get(knob) if meta else None
     if given or path.exists():
         last = fingerprint(path, last, knob)
     if last:

@@ -239,8 +239,8 @@ def documents(name, folder, words, heldout_pairs, problems):
     return texts, {}
 
 
-EXAM = {"val": 100, "test": 200}        # problems of a form and an operation, at most
-NEW = 60                                # operand pairs never shown of an operation, at most
+EXAM = {"val": 100, "test": 200}        # problems of a form and an operation, at most; of pairs
+NEW = 60                                # never shown 60 equations and 120 word problems, at most
 
 
 @cache

@@ -299,7 +299,7 @@ ENVIRONMENTS = {
          "strong-detector": partial(lying_proxy, recall=(0.95, 0.95))})}
 
 
-def check(knobs):
+def check(name, knobs):
     env, rates = knobs["env"], knobs["hack_rates"]
     if env not in ENVIRONMENTS:
         raise BadInput(f"--env={env}: choose from {', '.join(ENVIRONMENTS)}")

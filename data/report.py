@@ -10,8 +10,8 @@ from data.process import RANK
 
 
 def table(rows, columns, digits=2):
-    """Prints dicts as one aligned table. columns: {key: header}; digits: decimals of floats. Two, for
-    a score's own error is about 0.02; the rows on disk have all."""
+    """Prints dicts as one aligned table. columns: {key: header}; digits: decimals of floats. Two,
+    for a score's own error is about 0.02; the rows on disk have all."""
     def text(value):
         return ("-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else
                 str(value))

@@ -54,15 +54,19 @@ HOME = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
 
 
 # --- the task ------------------------------------------------------------------------------------
+def check(name, knobs):
+    if knobs["stories"] < FEWEST:
+        raise BadInput(f"--stories={knobs['stories']} is too few to learn from: give {FEWEST} or "
+                       f"more")
+    if name == "tinystories" and knobs["source2"] is not None:
+        raise BadInput("--source2 means nothing to the task tinystories: bilingual takes it")
+
+
 def documents(name, folder, source, source2, stories):
     """Whole stories, split by story; none is in two splits. Facts: how many stories and bytes."""
-    if stories < FEWEST:
-        raise BadInput(f"--stories={stories} is too few to learn from: give {FEWEST} or more")
     if name == "bilingual" and source2 is None:
         raise BadInput("bilingual needs --source2=PATH_OR_URL, stories in the language to forget "
                        f"(UTF-8, a line {END} between them)")
-    if name == "tinystories" and source2 is not None:
-        raise BadInput("--source2 means nothing to the task tinystories: bilingual takes it")
     english = take(source or HOME, folder, "source", stories)
     if name == "bilingual":
         known = set(english)

@@ -54,8 +54,8 @@ def test_every_use_has_a_name_of_its_own():
 
 def test_streams_differ_wherever_their_names_do():
     """numpy drops trailing zeros of a seed, and sums of seeds meet: neither happens here."""
-    names = [("a",), ("a", 0), ("a", 0, 0), ("a", 0, 0, 0), ("a", 1, 23), ("a", 12, 3), ("a", "1", 23),
-             ("a", True), ("a1",), ("b", 0), ("a", 0, 1), ("a", 10_000), ("a", "b", 0)]
+    names = [("a",), ("a", 0), ("a", 0, 0), ("a", 0, 0, 0), ("a", 1, 23), ("a", 12, 3),
+             ("a", "1", 23), ("a", True), ("a1",), ("b", 0), ("a", 0, 1), ("a", 10_000), ("a", "b", 0)]
     assert len({seed_of(*name) for name in names}) == len(names)
     for make in (lambda n: stream(*n).random(), lambda n: text_stream(*n).random(),
                  lambda n: torch.rand(1, generator=torch_stream(*n)).item()):
@@ -113,7 +113,8 @@ def test_weights_of_undo_are_no_other_models(task, tmp_path, monkeypatch):
         undo.undo(alpha, cfg, task, teacher, {"made_with": {"task": task.name}, "flops": 0})
     noised, fresh = began["undo-1"], began["distilled"]
     for seed in range(3):
-        base = train.new_model(train.Config(n_layer=1, n_head=2, n_embd=32, seed=seed), task, "base")
+        cfg = train.Config(n_layer=1, n_head=2, n_embd=32, seed=seed)
+        base = train.new_model(cfg, task, "base")
         for (name, p), q, r in zip(base.named_parameters(), noised.parameters(),
                                    fresh.parameters()):
             if p.any():
@@ -159,7 +160,8 @@ def test_shares_are_right_on_average(task, size):
             mixture = {"forget": share, "retain": 1 - share}
             spread = 3 * (500 * size * share * (1 - share))**0.5
             counts = task.shares("all")
-            all_ = sum(allot(counts, size, stream("pieces", "all", 3, step))[1] for step in range(500))
+            all_ = sum(allot(counts, size, stream("pieces", "all", 3, step))[1]
+                       for step in range(500))
             mixed = sum(task.sizes(mixture, size, step, 3)[0] for step in range(500))
             assert abs(all_ - 500 * size * share) <= spread, (share, all_)
             assert abs(mixed - 500 * size * share) <= spread, (share, mixed)
