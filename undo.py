@@ -69,8 +69,8 @@ def noise(model, alpha, beta, generator):
 def distil(student, teacher, task, cfg, name, keep=None):
     """Forward KL(teacher || student) on the unlabelled mix until the student's retain score is
     within cfg.tolerance of the teacher's, both on held-out data that is not reported; under labels,
-    on what is labelled retain. The batches are none that base was trained on, but drawn anew.
-    Returns fit's record, every teacher forward counted.
+    on what is labelled retain. Batches are drawn anew from the training rows, not those of base's
+    pretraining. Returns fit's record, every teacher forward counted.
     """
     with torch.no_grad(), autocast(cfg):
         goal = task.score(teacher, ("retain",), "val")["retain"]

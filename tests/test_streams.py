@@ -55,7 +55,8 @@ def test_every_use_has_a_name_of_its_own():
 def test_streams_differ_wherever_their_names_do():
     """numpy drops trailing zeros of a seed, and sums of seeds meet: neither happens here."""
     names = [("a",), ("a", 0), ("a", 0, 0), ("a", 0, 0, 0), ("a", 1, 23), ("a", 12, 3),
-             ("a", "1", 23), ("a", True), ("a1",), ("b", 0), ("a", 0, 1), ("a", 10_000), ("a", "b", 0)]
+             ("a", "1", 23), ("a", True), ("a1",), ("b", 0), ("a", 0, 1), ("a", 10_000),
+             ("a", "b", 0)]
     assert len({seed_of(*name) for name in names}) == len(names)
     for make in (lambda n: stream(*n).random(), lambda n: text_stream(*n).random(),
                  lambda n: torch.rand(1, generator=torch_stream(*n)).item()):

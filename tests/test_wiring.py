@@ -1,11 +1,9 @@
 """Stories, watched: who is trained from whom, on which rows, beside whom, and is judged on what.
 
-What a loss or a mask computes is tested elsewhere. Here almost nothing is trained: fit() asks for
-one loss, marks the model as trained and judges it, so that a story is over in no time.
+Almost nothing is trained here: fit() asks for one loss, marks the model as trained and judges it.
 """
 import json
 import random
-import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ import undo
 import unlearn
 from data import gaming, pcfg
 from data.gridworld import CELLS, DIAMOND, GHOST, NOTHING, PAIRS, STATES, Gridworld
+from data.streams import stream
 from data.tokenizer import END
 from model import GPT, GPTConfig, write_model
 
@@ -31,7 +30,8 @@ ATTACK = dict(**TINY, lrs=[1e-3], attack_steps=[1], attack_rows=4, attack_seeds=
 ROUTE = route.Config(**ATTACK, task="language", steps=1, batch_size=8, lr=1e-3, muon_lr=0.0,
                      expand=4, forget_units=8, coherence_steps=1, width=8)
 STRINGS, GAME, WORLD = data.load("pcfg", block_size=14), data.load("gaming"), Gridworld()
-BOTH, RECORD = ("retain", "forget"), {"made_with": {}, "flops": 0}
+BOTH, RECORD, equal = ("retain", "forget"), {"made_with": {}, "flops": 0}, torch.equal
+VAL = dict(what="score", part="val")
 
 
 def lively(task, seed=0):
@@ -51,98 +51,82 @@ def worth(model):
     return 1 / (0.01 + abs(model.wte.weight[0, 0].item()))
 
 
-def rows(*splits):
-    return {("rows", split, "train") for split in splits}
-
-
-def scores(part, *domains):
-    return {("score", domain, part) for domain in domains}
-
-
-class Watch:
-    """fits    of every call of fit(): model, its weights at start and end, frozen, stop, others that
-               the loss called, the rows learned from, the name of the model that the fit is part of
-    models     all that were obtained, by name; made: the last fit of each; revived: what was
-    asked      what rows and scores were asked for: what, task, split, part, in which fit, of which
-               model; called: (model, idx, its last residual, the cache if it generates)
-    """
-
-    def __init__(self, patch):
-        self.fits, self.models, self.made, self.asked = [], {}, {}, []
-        self.called, self.revived, self.now, self.name = [], [], None, None
-        residuals, whole = GPT.residuals, data.Task.whole
-
-        def watched(model, idx, cache=None, hook=None):
-            stream = residuals(model, idx, cache, hook)
-            if stream[-1].requires_grad:
-                stream[-1].retain_grad()
-            self.called.append((model, idx, stream[-1], cache))
-            return stream
-
-        def score(task, model, domains=BOTH, part="test", finer=False):
-            for domain in domains:
-                self.note("score", task, domain, part, model)
-            return dict.fromkeys([*domains, *["spurious"] * finer], worth(model))
-
-        def revive(model, task, cfg, goal, name="model"):
-            self.revived.append((model, goal, name))
-            return {"base": 0, "hider": 50}.get(name, 300), {0: worth(model)}
-
-        own = {"fit": self.fit, "obtain": self.obtain, "revive": revive,
-               "probe": lambda model, *given: ([worth(model)], 0.5)}
-        for module in (train, judges, unlearn, undo, route, recontext):
-            for name in own.keys() & vars(module).keys():
-                patch.setattr(module, name, own[name])
-        patch.setattr(GPT, "residuals", watched)
-        patch.setattr(data.Task, "whole", lambda task, split, size, step, seed, part: (
-            self.note("rows", task, split, part), whole(task, split, size, step, seed, part))[1])
-        patch.setattr(data.Task, "score", score)
-        patch.setattr(data.Task, "loss", lambda task, model, domain, rows=128, part="test", **how:
-                      score(task, model, (domain,), part)[domain])
-        patch.setitem(sys.modules, "matplotlib", None)                            # no pictures
-
-    def note(self, what, task, split, part, model=None):
-        self.asked.append(SimpleNamespace(what=what, task=task, split=split, part=part, model=model,
-                                          fit=self.now, weights=model and weights(model)))
-
-    def fit(self, model, loss_fn, cfg, steps, *rates, frozen=(), evaluate=None, stop=None,
-            after_backward=None, after_step=None, **how):
-        self.now = it = SimpleNamespace(model=model, start=weights(model), frozen=list(frozen),
-                                        stop=stop, of=self.name)
-        self.fits.append(it)
-        self.made[self.name], before = it, len(self.called)
-        loss = loss_fn(model, 0)
-        loss.backward()
-        it.loss, called = loss.item(), self.called[before:]
-        it.others = [other for other, *_ in called if other is not model]
-        assert all(p.grad is None for other in it.others for p in other.parameters())     # frozen
-        it.learned = [idx for _, idx, x, _ in called if x.grad is not None]
-        if after_backward:
-            after_backward()
-        model.zero_grad()
-        with torch.no_grad():
-            model.wte.weight[0, 0] = len(self.fits) + 10
-            if after_step:
-                after_step()
-            found = evaluate() if evaluate else {}
-        it.end, self.now = weights(model), None
-        return {"steps": steps, "skipped": 0, "flops": 1, "seconds": 0.0,
-                "history": [{"step": 1, "loss": 0.0, "flops": 1} | found]}
-
-    def obtain(self, name, cfg, task, made_with, make, quiet=False):
-        self.name = name
-        self.models[name], record = make(None)
-        self.name = None
-        return self.models[name], {"made_with": made_with} | record
-
-    def of(self, fit):
-        """What was asked for in a fit: {(rows or score, split, part)}."""
-        return {(ask.what, ask.split, ask.part) for ask in self.asked if ask.fit is fit}
+def rows(*splits, what="rows", part="train"):
+    return {(what, split, part) for split in splits}
 
 
 @pytest.fixture
 def watch(monkeypatch):
-    return Watch(monkeypatch)
+    """fits: of every call of fit() the model, its weights at start and end, frozen, stop, the name
+    of what it makes (of), its loss, the others that this called, the rows learned from; made: the
+    last by name; models: all that were obtained; revived: (model, goal); asked: what rows and
+    scores, of which task, split, part and model, in which fit; called: (model, idx, residual, cache)
+    """
+    it = SimpleNamespace(fits=[], models={}, made={}, asked=[], called=[], revived=[])
+    now, residuals, whole = SimpleNamespace(fit=None, name=None), GPT.residuals, data.Task.whole
+    it.of = lambda fit: {(ask.what, ask.split, ask.part) for ask in it.asked if ask.fit is fit}
+
+    def watched(model, idx, cache=None, hook=None):
+        found = residuals(model, idx, cache, hook)
+        if found[-1].requires_grad:
+            found[-1].retain_grad()
+        it.called.append((model, idx, found[-1], cache))
+        return found
+
+    def note(what, task, split, part, model=None):
+        it.asked.append(SimpleNamespace(what=what, task=task, split=split, part=part, fit=now.fit,
+                                        model=model, weights=model and weights(model)))
+
+    def score(task, model, domains=BOTH, part="test", finer=False):
+        for domain in domains:
+            note("score", task, domain, part, model)
+        return dict.fromkeys([*domains, *["spurious"] * finer], worth(model))
+
+    def revive(model, task, cfg, goal, name="model"):
+        it.revived.append((model, goal))
+        return {"base": 0, "hider": 50}.get(name, 300), {0: worth(model)}
+
+    def obtain(name, cfg, task, made_with, make, quiet=False):
+        now.name = name
+        it.models[name], record = make(None)
+        now.name = None
+        return it.models[name], {"made_with": made_with} | record
+
+    def fit(model, loss_fn, cfg, steps, *rates, frozen=(), evaluate=None, stop=None,
+            after_step=None, **how):
+        now.fit = it.made[now.name] = this = SimpleNamespace(
+            model=model, start=weights(model), frozen=[*frozen], stop=stop, of=now.name)
+        it.fits.append(this)
+        before, loss = len(it.called), loss_fn(model, 0)
+        loss.backward()
+        this.loss, called = loss.item(), it.called[before:]
+        this.others = [other for other, *_ in called if other is not model]
+        assert all(p.grad is None for other in this.others for p in other.parameters())   # frozen
+        this.learned = [idx for _, idx, x, _ in called if x.grad is not None]
+        model.zero_grad()
+        with torch.no_grad():
+            model.wte.weight[0, 0] = len(it.fits) + 10
+            if after_step:
+                after_step()
+            found = evaluate() if evaluate else {}
+        this.end, now.fit = weights(model), None
+        return {"steps": steps, "skipped": 0, "flops": 1, "seconds": 0.0,
+                "history": [{"step": 1, "loss": 0.0, "flops": 1} | found]}
+
+    own = {"fit": fit, "obtain": obtain, "revive": revive,
+           "probe": lambda model, *given: ([worth(model)], 0.5)}
+    for module in (train, judges, unlearn, undo, route, recontext):
+        for name in own.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, own[name])
+    for owner, name, spy in (
+            (GPT, "residuals", watched), (data.Task, "score", score),
+            (data.Task, "whole", lambda task, split, size, step, seed, part: (
+                note("rows", task, split, part), whole(task, split, size, step, seed, part))[1]),
+            (data.Task, "loss", lambda task, model, domain, rows=128, part="test", **how: score(
+                task, model, (domain,), part)[domain])):
+        monkeypatch.setattr(owner, name, spy)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                          # no pictures
+    return it
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +134,6 @@ def stories(tmp_path_factory):
     return data.load("language", folder=tmp_path_factory.mktemp("data"), stories=100)
 
 
-# --- unlearning and UNDO -------------------------------------------------------------------------
 def test_the_story_of_undo(watch):
     """base is unlearned; students start from that teacher, damaged, or from nothing, and imitate it
     alone; the oracle imitates filtered. All are attacked and judged on what nobody looked at."""
@@ -160,43 +143,38 @@ def test_the_story_of_undo(watch):
     told, made = {row["model"]: row for row in undo.story(cfg, STRINGS)}, watch.made
     names = ["base", "filtered", "graddiff", "oracle", "undo-0.25", "distilled"]
     base, filtered, teacher, *_ = models = [watch.models[name] for name in names]
-    look, w = scores("val", "retain"), weights(teacher)
-    for name, asked, others in (
-            ("base", rows("all") | look, []), ("filtered", rows("retain") | look, []),
-            ("graddiff", rows(*BOTH) | scores("val", *BOTH), []),
-            ("oracle", rows(*BOTH) | scores("val", *BOTH), [filtered]),
-            ("undo-0.25", rows("all") | look, [teacher]),
-            ("distilled", rows("all") | look, [teacher])):
+    some, two = rows("retain", **VAL), rows(*BOTH) | rows(*BOTH, **VAL)
+    for name, asked, others in zip(
+            names, [rows("all") | some, rows("retain") | some, two, two] + 2 * [rows("all") | some],
+            ([], [], [], [filtered], [teacher], [teacher])):
         assert made[name].model is watch.models[name] and watch.of(made[name]) == asked, name
         assert made[name].others == others and all(m in made[name].frozen for m in others), name
-    assert torch.equal(made["graddiff"].start, weights(base))
-    assert torch.equal(made["oracle"].start, weights(base))
-    torch.testing.assert_close(made["undo-0.25"].start, 0.75 * w)
+    assert all(equal(made[name].start, weights(base)) for name in ("graddiff", "oracle"))
+    torch.testing.assert_close(made["undo-0.25"].start, 0.75 * weights(teacher))
     assert all(abs(torch.stack((made["distilled"].start, weights(model))).corrcoef()[0, 1]) < 0.5
                for model in models[:-1])
     for name in names[-2:]:
         goal = (1 - cfg.tolerance) * worth(teacher)
         assert [made[name].stop({"retain": goal + d}) for d in (1e-6, -1e-6)] == [True, False]
     for name, model in zip(names, models):                # who is judged, and who is attacked
-        attack, = [it for it in watch.fits if not it.of and torch.equal(it.start, weights(model))]
-        assert attack.model is not model
-        assert rows("forget") < watch.of(attack) <= rows("forget") | scores("test", *BOTH)
+        attack, = [it for it in watch.fits if not it.of and equal(it.start, weights(model))]
+        assert {(what, part) for what, _, part in watch.of(attack)} == {
+            ("rows", "train"), ("score", "test")} and watch.of(attack) > rows("forget")
+        assert attack.model is not model and told[name]["relearned"] == {"1": worth(attack.model)}
         assert told[name]["retain"] == told[name]["forget"] == worth(model)
-        assert told[name]["relearned"] == {"1": worth(attack.model)}
     asked = [(ask.model, ask.part) for ask in watch.asked if not ask.fit and ask.split == "retain"]
     assert asked == 2 * [(teacher, "val")] + [(model, "test") for model in models]
     assert told["graddiff"]["robustness_mean"] == 0 and told["filtered"]["robustness_mean"] == 1
 
 
-def test_spent_until_the_first_time():
-    """What filtered had cost when it first was as good, though it fell back; all if it never was.
-    """
-    for sign in (1, -1):
-        gold = {"flops": 50, "history": [{"retain": sign * score, "flops": flops} for score, flops
-                                         in ((0.5, 10), (0.9, 20), (0.6, 30), (0.95, 40))]}
-        for score, flops in ((0.8, 20), (0.4, 10), (0.93, 40), (0.99, 50)):
-            assert undo.spent_until(sign * score, gold, SimpleNamespace(
-                higher_is_better=sign > 0)) == flops
+@pytest.mark.parametrize("sign", [1, -1])
+def test_spent_until_the_first_time(sign):
+    """What filtered had cost when it first was as good, though it fell back; all if never."""
+    gold = {"flops": 50, "history": [{"retain": sign * score, "flops": flops} for score, flops
+                                     in ((0.5, 10), (0.9, 20), (0.6, 30), (0.95, 40))]}
+    for score, flops in ((0.8, 20), (0.4, 10), (0.93, 40), (0.99, 50)):
+        assert undo.spent_until(sign * score, gold, SimpleNamespace(
+            higher_is_better=sign > 0)) == flops
 
 
 @pytest.mark.parametrize("method, counts, others", [
@@ -211,42 +189,33 @@ def test_rows_to_forget_go_to_the_forget_term(watch, monkeypatch, method, counts
                          retain_weight=0.0, sweep=[1e-3, 1e-2])
     monkeypatch.setattr(data.Task, "whole", lambda task, split, size, step, seed, part: whole(
         task, split, size, step + 5 * (split == other), seed, part))
-    for other, lr in (("retain", "sweep"), ("retain", 1e-3), ("forget", 1e-3), (None, 1e-3)):
+    for other, lr in ((None, "sweep"), ("retain", 1e-3), ("forget", 1e-3), (None, 1e-3)):
         watch.asked.clear()
         unlearn.unlearn(replace(cfg, lr=lr), STRINGS, models["base"], RECORD, models["filtered"],
                         RECORD)
-        assert watch.of(watch.fits[-1]) == rows(*BOTH) | scores("val", *BOTH)
-        assert watch.of(None) == (scores("val", *BOTH) if lr == "sweep" else set())
+        assert watch.of(watch.fits[-1]) == rows(*BOTH) | rows(*BOTH, **VAL)
+        assert watch.of(None) == (rows(*BOTH, **VAL) if lr == "sweep" else set())
         assert {*watch.fits[-1].others} == {models[name] for name in others}
-    assert all(torch.equal(it.start, weights(models["base"])) for it in watch.fits)
+    assert all(equal(it.start, weights(models["base"])) for it in watch.fits)
     *_, retain, forget, plain = (it.loss for it in watch.fits)
     assert [split for split, loss in zip(BOTH, (retain, forget)) if loss != plain] == counts
 
 
-# --- routing -------------------------------------------------------------------------------------
-def test_routed_then_ablated_then_mended_then_attacked(watch, stories):
-    """Methods learn from what the labels say. What is left without the forget part is mended on
-    rows labelled retain, and that last model is attacked. All are judged by the truth."""
+def test_ablated_then_mended_then_attacked(watch, stories):
+    """What is left without the forget part is mended on rows labelled retain, and that last model
+    is attacked. All are judged by the truth."""
     task = stories.with_rows_of(24)
-    view = task.labelled(0.5, 0.25, 0.5)
-    for method, splits in (("base", ["all"]), ("filtered", ["retain"]), ("demix", BOTH),
-                           ("era", BOTH)):
-        model, record = route.trained(method, 0.5, view, ROUTE)
-        assert watch.of(watch.fits[-1]) == rows(*splits)
-    assert all(ask.task is view for ask in watch.asked)
-    watch.asked.clear()
-    whole, left = weights(model), model.clone()
-    with torch.no_grad():
-        left.blocks[0].mlp.up.weight[-4:] = left.blocks[0].mlp.down.weight[:, -4:] = 0
-    row = route.examine(model, task, view, ROUTE, "era", 0.5, (0, 4), None, record)
-    mend, attack = watch.fits[-2:]
-    assert torch.equal(mend.start, weights(left)) and not torch.equal(mend.start, mend.end)
-    assert torch.equal(attack.start, mend.end) and not torch.equal(mend.start, whole)
-    assert torch.equal(weights(watch.models["route-era-50-ablated"]), mend.end)
+    view, model, left = task.labelled(0.5, 0.25, 0.5), lively(task), lively(task)
+    left.blocks[0].mlp.up.weight.data[-4:] = left.blocks[0].mlp.down.weight.data[:, -4:] = 0
+    whole = weights(model)
+    row = route.examine(model, task, view, ROUTE, "era", 0.5, (0, 4), None, RECORD)
+    mend, attack = watch.fits
+    assert equal(mend.start, weights(left)) and equal(attack.start, mend.end)
+    assert equal(weights(watch.models["route-era-50-ablated"]), mend.end)
     assert row["relearned"] == {"1": worth(attack.model)}
     tests = [ask.weights for ask in watch.asked if ask.part == "test" and not ask.fit]
-    assert len(tests) == 12 and all(torch.equal(*pair) for pair in zip(
-        tests, 4 * [whole] + 4 * [mend.start] + 4 * [mend.end]))
+    assert [[equal(a, b) for b in (whole, mend.start, mend.end)] for a in tests] == [
+        [i // 4 == k for k in range(3)] for i in range(12)]
     assert all((ask.task is view) == (ask.split == "sure") for ask in watch.asked)
     assert {(ask.what, ask.part) for ask in watch.asked if ask.task is view} == {
         ("rows", "train"), ("score", "val")}
@@ -257,10 +226,9 @@ def test_posthoc_learns_by_labels_and_is_judged_by_truth(watch, stories):
     task = stories.with_rows_of(24)
     view, base = task.labelled(0.5, 0.25), lively(task)
     route.posthoc(0.5, task, view, ROUTE, (base, RECORD))
-    made = watch.made
     assert [it.of for it in watch.fits if it.of] == ["maxent", "rmu", "graddiff", "undo-0.6"]
-    assert all(torch.equal(made[name].start, weights(base)) for name in [*watch.models][:3])
-    assert made["undo-0.6"].others == [watch.models["graddiff"]]
+    assert all(equal(watch.made[name].start, weights(base)) for name in [*watch.models][:3])
+    assert watch.made["undo-0.6"].others == [watch.models["graddiff"]]
     for ask in watch.asked:                        # outside of fits, training rows calibrate logits
         judging = ask.part == "test" or (not ask.fit.of if ask.fit else ask.part == "train")
         assert ask.task is (task if judging and ask.split != "sure" else view), vars(ask)
@@ -268,20 +236,18 @@ def test_posthoc_learns_by_labels_and_is_judged_by_truth(watch, stories):
 
 @pytest.mark.parametrize("method", route.OVERSEERS)
 def test_overseers(method, monkeypatch):
-    """Each learns from its own episodes, by its own reward; its Diamond expert alone is deployed.
-    """
+    """Each learns from its own episodes by its own reward; its Diamond expert alone is deployed."""
     seen, loss = [], route.Oversight.loss
 
     def fit(agent, loss_fn, *given, evaluate, **how):
         for step in range(3):
             loss_fn(agent, step)
-        found = [evaluate()]
-        for part in [agent.gate, agent.ghost, agent.diamond] if agent.gate else [agent.diamond]:
-            for p in part.parameters():
-                p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-            found.append(evaluate())
-        assert all(each == found[0] for each in found[:-1]) and found[-1] != found[0]
-        return {"history": [found[0] | {"step": 3}]}
+        found = evaluate() | {"step": 3}
+        for p in [*agent.gate.parameters(), *agent.ghost.parameters()] if agent.gate else ():
+            p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        exact = WORLD.exact(agent.diamond(WORLD.planes).softmax(-1), 0.3)
+        assert found == found | evaluate() and found["return"] == pytest.approx(exact, abs=1e-6)
+        return {"history": [found]}
 
     monkeypatch.setitem(route.PPO, "envs", 256)
     monkeypatch.setattr(route, "fit", fit)
@@ -294,8 +260,7 @@ def test_overseers(method, monkeypatch):
     feared = (holds == GHOST) & {"oracle": last, "filtering": last, "naive": overseen}.get(
         method, ~last)
     torch.testing.assert_close(returns[last], torch.where(feared, -1.0, 1.0)[last])
-    assert torch.equal(labels[last], (holds * overseen)[last])
-    assert {DIAMOND, GHOST} <= {*labels.tolist()}
+    assert equal(labels[last], (holds * overseen)[last]) and {DIAMOND, GHOST} <= {*labels.tolist()}
     for unseen in (labels == NOTHING, (holds == GHOST) & ~overseen):
         assert unseen.any() == (method != "filtering")
 
@@ -320,10 +285,10 @@ def test_gate_and_oversight_level():
         assert WORLD.exact(mixed, level) == pytest.approx(own, abs=1e-7) and abs(own - other) > 1e-5
 
 
-# --- eval.py and recontext.py --------------------------------------------------------------------
 def test_the_controls(watch, tmp_path):
     """The goal of revival is what the reference scores; the control is filtered, by whose steps
-    others are measured. What is examined as a wrapper is base, fine-tuned."""
+    others are measured. What is examined as a wrapper is base, fine-tuned. recontext.py's goal is
+    the hack rate of standard training."""
     cfg = judges.Config(task="pcfg", **ATTACK, base_steps=2, filtered_steps=2, block_size=14,
                         probe_rows=4, cut=[1], draws=1, revive_steps=300, model="hider", seeds=1,
                         priors=["low"], rates=["L"], c_tr=[1.0], tune_steps=1, tune_rows=4,
@@ -336,7 +301,7 @@ def test_the_controls(watch, tmp_path):
 
     def told(story, name, *given):
         story(cfg, STRINGS, *given)
-        revived, watch.revived[:] = [(worth(model), goal) for model, goal, _ in watch.revived], []
+        revived, watch.revived[:] = [(worth(model), goal) for model, goal in watch.revived], []
         return json.loads((tmp_path / "pcfg" / f"{name}.json").read_text())["rows"], revived
 
     base, filtered, hider = map(worth, models.values())
@@ -350,17 +315,27 @@ def test_the_controls(watch, tmp_path):
     base, filtered, tuned = (watch.models[name] for name in ("base", "filtered", "tuned-L-1"))
     assert {goal for _, goal in revived} == {worth(base)} == {*row["probe_a_pretrained"]}
     assert row["control_curve"] == {"0": worth(filtered)} and row["curve"] == {"0": worth(tuned)}
-    for name, splits in (("tuned-L-1", ["spurious"]), ("filtered", ["retain"]),
-                         ("jailbreak-L-1", ["relabelled+1", "reworded"])):
-        assert rows(*splits) == {ask for ask in watch.of(watch.made[name]) if ask[0] == "rows"}
-        assert name == "filtered" or torch.equal(watch.made[name].start, weights(base))
+    for name, splits in {"tuned-L-1": ["spurious"], "filtered": ["retain"],
+                         "jailbreak-L-1": ["relabelled+1", "reworded"]}.items():
+        assert rows(*splits) == watch.of(watch.made[name]) - rows("retain", **VAL)
+        assert name == "filtered" or equal(watch.made[name].start, weights(base))
+    watch.models.clear(), watch.revived.clear()
+    recontext.wrapped(recontext.Config(**TINY, env="lying", out=str(tmp_path), rounds=1, n=2,
+                                       prompts=16, batch_size=16, seeds=1))
+    (base, *tuned, filtered), names = watch.models.values(), [*watch.models]
+    assert names == ["base", *("ei-n2-" + cell for cell in (
+        "neutral-neutral", "discourage-neutral", "neutral-encourage", "discourage-encourage",
+        "neutral-neutral-truth")), "filtered"]
+    assert watch.revived == [(model, worth(tuned[0])) for model in (base, *tuned, filtered)]
+    assert watch.of(watch.made["filtered"]) == rows("retain") | rows("retain", **VAL)
+    assert all(equal(watch.made[name].start, weights(base)) for name in names[1:-1])
 
 
 @pytest.mark.parametrize("method", recontext.LEARN)
 def test_asked_one_way_and_learned_another(watch, method):
     """The model in training answers as the cell asks, and learns its answers behind the other
     prompt; what the KL refers to is the pretrained model."""
-    def contexts(*shown):
+    def contexts(shown):
         return {context for context, (first, _) in gaming.CONTEXTS.items() for idx in shown
                 if {gaming.ID[word] for word in first.split()} & {*idx[:, 1].tolist()}}
 
@@ -369,31 +344,14 @@ def test_asked_one_way_and_learned_another(watch, method):
     model = recontext.trained(cell, cfg, GAME, (base, RECORD))
     asked = [(of, idx) for of, idx, _, cache in watch.called if cache and idx.size(1) > 1]
     assert len(asked) == len(watch.fits) == (2 if method == "ei" else 1)
-    assert all(of is model and contexts(idx) == {"discourage"} for of, idx in asked)
-    assert torch.equal(watch.fits[0].start, weights(base))
+    assert all(of is model and contexts([idx]) == {"discourage"} for of, idx in asked)
     for it in watch.fits:
-        assert len(it.learned) == 1 and contexts(*it.learned) == {"encourage"}
+        assert len(it.learned) == 1 and contexts(it.learned) == {"encourage"}
         assert it.model is model and it.others == it.frozen == [base]
-    assert contexts(*(idx for of, idx, *_ in watch.called if of is base)) == {"encourage"}
+    assert contexts([idx for of, idx, *_ in watch.called if of is base]) == {"encourage"}
+    assert equal(watch.fits[0].start, weights(base))
 
 
-def test_the_control_of_recontextualization(watch, tmp_path):
-    """Revival aims at the hack rate of standard training; the control is the filtered model."""
-    recontext.wrapped(recontext.Config(**TINY, env="lying", out=str(tmp_path), rounds=1, n=2,
-                                       prompts=16, batch_size=16, seeds=1))
-    models, names = watch.models, {model: name for model, _, name in watch.revived}
-    assert watch.of(watch.made["filtered"]) == rows("retain") | scores("val", "retain")
-    assert {goal for _, goal, _ in watch.revived} == {worth(models["ei-n2-neutral-neutral"])}
-    assert {key: names[model] for key, model in models.items()} == {
-        "base": "pretrained", "filtered": "control (never had it)",
-        "ei-n2-neutral-neutral": "N->N (standard)", "ei-n2-discourage-neutral": "D->N",
-        "ei-n2-neutral-encourage": "N->E", "ei-n2-discourage-encourage": "D->E",
-        "ei-n2-neutral-neutral-truth": "N->N, true reward"}
-    assert all(torch.equal(it.start, weights(models["base"])) for name, it in watch.made.items()
-               if name.startswith("ei"))
-
-
-# --- what scores read ----------------------------------------------------------------------------
 class Ear:
     """A model that keeps what it is shown: rows with their targets, and prompts, a list a call."""
 
@@ -406,11 +364,8 @@ class Ear:
         return torch.zeros(*idx.shape, 1) if targets is None else torch.tensor(0.5)
 
     def generate(self, prompts, n, *given, **how):
-        self.prompts.append([list(map(int, prompt)) for prompt in prompts])
+        self.prompts.append(prompts)
         return torch.zeros(len(prompts), n, dtype=torch.int64)
-
-    def texts(self):
-        return [{self.task.tokenizer.decode(ids[1:]) for ids in asked} for asked in self.prompts]
 
     def parts(self):
         """Where the rows since the last time stand, each in one place alone: {(domain, part)}."""
@@ -435,65 +390,50 @@ def small(name, path, patch, size):
     return data.load(name, folder=path, block_size=size, source=str(path / "source"))
 
 
-@pytest.mark.parametrize("name", ["language", "tinystories"])
+@pytest.mark.parametrize("name", ["language", "tinystories", "instruct"])
 def test_losses_are_of_held_out_rows(name, stories, tmp_path, monkeypatch):
     """Rows of train, val and test are apart; a score is of test, unless val is asked for. Under
     labels val goes by them, but what is reported goes by the truth."""
-    task = stories if name == "language" else small(name, tmp_path, monkeypatch, 32)
+    task = stories if name == "language" else small(name, tmp_path, monkeypatch, 128)
     ear, view = Ear(task), task.labelled(0.5, 0.25, 0.5)
     for domain in BOTH:
         for part in ("train", "val", "test"):
             ear(*task.batch(domain, 300, 0, 0, part))
             assert ear.parts() == {(domain, part)}
     for how, part in (({}, "test"), ({"part": "val"}, "val"), ({"finer": True}, "test")):
-        task.score(ear, **how)
-        assert ear.parts() == {(domain, part) for domain in BOTH}
+        task.score(ear, **how)                          # instruct: finer alone has a loss
+        assert not ear.rows and name == "instruct" or ear.parts() == {(d, part) for d in BOTH}
     for part, truly in (("val", BOTH), ("test", ("retain",))):
-        view.score(ear, ("retain",), part)
+        view.loss(ear, "retain", 64, part)
         assert ear.parts() == {(domain, part) for domain in truly}
 
 
-def test_arithmetic_asks_what_training_does_not_show(task):
-    """No question is asked in val and in test; no word problem, and no pair held out, is in the
-    training text."""
-    ear, text = Ear(task), END + "".join(task.tokenizer.decode(task.tokens(
-        f"{domain}_train").tolist()) for domain in BOTH)
+@pytest.mark.parametrize("name", ["arithmetic", "instruct"])
+def test_questions_are_not_those_of_training(name, task, tmp_path, monkeypatch):
+    """Nothing is asked in val and in test. No beginning of a story, no word problem and no pair of
+    operands held out is in the training text."""
+    task = task if name == "arithmetic" else small(name, tmp_path, monkeypatch, 128)
+    ear, read = Ear(task), lambda tokens: task.tokenizer.decode([int(i) for i in tokens])
+    text = END + "".join(read(task.tokens(split)) for split in task.splits if "train" in split)
     task.score(ear)
+    tests = len(ear.prompts)
     task.score(ear, part="val")
-    asked = ear.texts()             # of both domains the pairs shown and, in test, those held out
-    assert len(asked) == 24 and not set.union(*asked[:16]) & set.union(*asked[16:])
-    for i, questions in enumerate(asked):
-        shown = any(END + question in text for question in questions)
-        assert shown == ((i % 8 < 4 or i > 15) and min(questions).endswith("=")), questions
-
-
-def test_instructions_are_of_held_out_stories(tmp_path, monkeypatch):
-    """Prompts of val and test begin other stories, and none that were trained on."""
-    task = small("instruct", tmp_path, monkeypatch, 128)
-    ear, text = Ear(task), "".join(task.tokenizer.decode(task.tokens(split).tolist())
-                                   for split in task.splits if split.endswith("train"))
-    for how in ({}, {"part": "val"}, {"finer": True}):
-        task.score(ear, **how)
-    test, val, finer = ({re.search(r"number \d+ ", prompt)[0] for prompt in prompts}
-                        for prompts in ear.texts())
-    assert not test & val and test < finer and not any(n in text for n in finer | val)
-    assert ear.parts() == {("retain", "test"), ("forget", "test")}
+    asked = [{read(prompt[1:]) for prompt in prompts} for prompts in ear.prompts]
+    assert not set.union(*asked[:tests]) & set.union(*asked[tests:]) and tests < len(asked)
+    for i, questions in enumerate(asked):          # arithmetic: in test four of eight are held out
+        shown = (i % 8 < 4 or i >= tests) and min(questions).endswith("=")
+        assert any(END + question in text for question in questions) == shown
 
 
 def test_made_up_questions_are_of_their_part(monkeypatch):
     """pcfg and gaming make their questions up: test's, unless val is asked for."""
-    parts, batch, ear, asked = set(), pcfg.batch, Ear(GAME), []
-    monkeypatch.setattr(pcfg, "batch", lambda task, split, size, step, seed, part, *rest: (
-        parts.add(part), batch(task, split, size, step, seed, part, *rest))[1])
-    for how, part in (({}, "test"), ({"finer": True}, "test"), ({"part": "val"}, "val")):
-        STRINGS.score(Ear(STRINGS), **how)
-        assert parts == {part}
-        parts.clear()
-        GAME.score(ear, **how)
-        asked, ear.prompts = ear.prompts, []
-        for context, prompts in zip(("neutral", "discourage", "encourage"), asked):
-            gaming.behaviour(ear, GAME, context, False, {"test": 1000, "val": 250}[part], part)
-            assert prompts == ear.prompts.pop()
-    for part in ("val", "test"):
-        gaming.behaviour(ear, GAME, "neutral", False, 100, part)
-    assert ear.prompts[0] != ear.prompts[1]
+    parts = []
+    for module in (pcfg, gaming):
+        monkeypatch.setattr(module, "stream", lambda *key: (
+            parts.append({"train", "val", "test"} & {*map(str, key)}), stream(*key))[1])
+    for task in (STRINGS, GAME):
+        for how, part in (({}, "test"), ({"finer": True}, "test"), ({"part": "val"}, "val"),
+                          ({"part": "val", "finer": True}, "val")):
+            parts.clear()
+            task.score(Ear(task), **how)
+            assert parts and all(each == {part} for each in parts)
