@@ -96,7 +96,7 @@ class Gridworld:
         """The return at level p, averaged over all starts: no sampling, no noise. See values()."""
         start = self.holds.view(-1, CELLS).T == NOTHING
         mean = (start * self.values(policy, **rewards)).sum(0).view(PATTERNS, PAIRS).sum(1)
-        p, q = oversight, 1 - oversight
+        p, q = float(oversight), 1.0 - oversight
         weight = torch.tensor([q * q, q * p, p * q, p * p], device=mean.device)     # by pattern
         return (mean @ weight).item() / len(self.starts)
 

@@ -143,15 +143,16 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
     figures = {figure: sum(bool(JUDGED[figure][2].search(next(told))) for _ in prompts[figure])
                / len(prompts[figure]) for figure in shares}
     if finer:
-        figures |= {f"{domain}_loss": task.loss(model, domain) for domain in domains}
+        figures |= {f"{domain}_loss": task.loss(model, domain, part=part) for domain in domains}
     return figures
 
 
 def prompts_of(task, domain, asked, part):
-    """Instruction and first sentence of held-out texts that ask for a feature, as token ids: of 48
-    for val, of up to 150 others for test."""
+    """Instruction and first sentence of held-out texts that ask for a feature, as token ids: of up
+    to 48 of their first half for val, of up to 150 of their second half for test."""
     texts = task.tokenizer.decode(task.tokens(f"{domain}_val").tolist()).split(END)[:-1]
-    begun = [PROMPT.match(text)[0] for text in texts if asked in text.split("\n")[0]]
-    n = min(48, len(begun) // 2)
-    return [[task.end] + ids[:task.block_size - ANSWER - 1] for ids in
-            task.tokenizer.encode_ordinary_batch(begun[:n] if part == "val" else begun[n:n + 150])]
+    half = len(texts) // 2
+    begun = [PROMPT.match(text)[0] for text in (texts[:half] if part == "val" else texts[half:])
+             if asked in text.split("\n")[0]][:48 if part == "val" else 150]
+    return [[task.end] + ids[:task.block_size - ANSWER - 1]
+            for ids in task.tokenizer.encode_ordinary_batch(begun)]

@@ -211,11 +211,16 @@ class Teller:
 
 
 def test_score_of_a_known_teller(task, texts):
-    asking = {"retain": [t for t in texts["retain_val"] if "Twist" in t.split("\n")[0]],
-              "forget": texts["forget_val"], "unasked": texts["retain_val"]}
-    val = {figure: min(48, len(told) // 2) for figure, told in asking.items()}
-    test = {figure: min(150, len(told) - val[figure]) for figure, told in asking.items()}
-    assert val["unasked"] == 48 < test["unasked"]
+    def asking(domain, part, word=""):
+        told = texts[f"{domain}_val"]
+        half = len(told) // 2
+        return [t for t in (told[:half] if part == "val" else told[half:])
+                if word in t.split("\n")[0]]
+
+    val, test = ({"retain": min(most, len(asking("retain", part, "Twist"))),
+                  "forget": min(most, len(asking("forget", part)))}
+                 for part, most in (("val", 48), ("test", 150)))
+    assert len(asking("retain", "val")) > 48
     quick = Teller(task, 4, 1)
     assert task.score(quick, part="val") == {
         figure: val[figure] // 4 / val[figure] for figure in ("retain", "forget")}
@@ -223,11 +228,11 @@ def test_score_of_a_known_teller(task, texts):
     assert task.score(headlines) == {
         figure: test[figure] // 4 / test[figure] for figure in ("retain", "forget")}
     assert len(quick.prompts) == val["retain"] + val["forget"]
-    assert not set(quick.prompts) & set(headlines.prompts)              # nor is any in both
+    assert not set(quick.prompts) & set(headlines.prompts)              # none is in both
     for part in ("val", "test"):
         assert set(task.score(Teller(task, 1, 1), ("forget",), part)) == {"forget"}
     whole = task.score(Teller(task, 1, 2), finer=True)
-    told = texts["retain_val"][val["unasked"]:][:150]
+    told = asking("retain", "test")[:150]
     none = sum("none" in text.split("\n")[0] for text in told)
     assert whole == {"retain": 1, "forget": 1, "unasked": none // 2 / len(told),
                      "retain_loss": 0.5, "forget_loss": 0.5}

@@ -4,8 +4,8 @@ Almost nothing is trained here: fit() asks for one loss, marks the model as trai
 """
 import json
 import random
+import re
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +19,7 @@ import route
 import train
 import undo
 import unlearn
-from data import gaming, pcfg
+from data import arithmetic, gaming, pcfg
 from data.gridworld import CELLS, DIAMOND, GHOST, NOTHING, PAIRS, STATES, Gridworld
 from data.streams import stream
 from data.tokenizer import END
@@ -27,8 +27,8 @@ from model import GPT, GPTConfig, write_model
 
 TINY = dict(device="cpu", compile=False, n_layer=1, n_head=2, n_embd=8)
 ATTACK = dict(**TINY, lrs=[1e-3], attack_steps=[1], attack_rows=4, attack_seeds=1)
-ROUTE = route.Config(**ATTACK, task="language", steps=1, batch_size=8, lr=1e-3, muon_lr=0.0,
-                     expand=4, forget_units=8, coherence_steps=1, width=8)
+ROUTE = route.Config(**ATTACK, task="language", steps=1, batch_size=512, lr=1e-3, muon_lr=0.0,
+                     coherence_steps=1, width=8)
 STRINGS, GAME, WORLD = data.load("pcfg", block_size=14), data.load("gaming"), Gridworld()
 BOTH, RECORD, equal = ("retain", "forget"), {"made_with": {}, "flops": 0}, torch.equal
 VAL = dict(what="score", part="val")
@@ -60,7 +60,7 @@ def watch(monkeypatch):
     """fits: of every call of fit() the model, its weights at start and end, frozen, stop, the name
     of what it makes (of), its loss, the others that this called, the rows learned from; made: the
     last by name; models: all that were obtained; revived: (model, goal); asked: what rows and
-    scores, of which task, split, part and model, in which fit; called: (model, idx, residual, cache)
+    scores, of which task, split, part, model, in which fit; called: (model, idx, residual, cache)
     """
     it = SimpleNamespace(fits=[], models={}, made={}, asked=[], called=[], revived=[])
     now, residuals, whole = SimpleNamespace(fit=None, name=None), GPT.residuals, data.Task.whole
@@ -93,7 +93,7 @@ def watch(monkeypatch):
         return it.models[name], {"made_with": made_with} | record
 
     def fit(model, loss_fn, cfg, steps, *rates, frozen=(), evaluate=None, stop=None,
-            after_step=None, **how):
+            after_backward=None, after_step=None, **how):
         now.fit = it.made[now.name] = this = SimpleNamespace(
             model=model, start=weights(model), frozen=[*frozen], stop=stop, of=now.name)
         it.fits.append(this)
@@ -103,6 +103,8 @@ def watch(monkeypatch):
         this.others = [other for other, *_ in called if other is not model]
         assert all(p.grad is None for other in this.others for p in other.parameters())   # frozen
         this.learned = [idx for _, idx, x, _ in called if x.grad is not None]
+        if after_backward:
+            after_backward()
         model.zero_grad()
         with torch.no_grad():
             model.wte.weight[0, 0] = len(it.fits) + 10
@@ -185,14 +187,13 @@ def test_rows_to_forget_go_to_the_forget_term(watch, monkeypatch, method, counts
     takes a length from the others, as base sees them); finetune's of those to retain. A sweep
     starts from base every time and chooses by val alone."""
     models, whole = {"base": lively(STRINGS), "filtered": lively(STRINGS, 1)}, data.Task.whole
-    cfg = unlearn.Config(task="pcfg", **ATTACK, method=method, lr=1e-3, steps=1, batch_size=8,
-                         retain_weight=0.0, sweep=[1e-3, 1e-2])
+    knobs = dict(**ATTACK, method=method, steps=1, batch_size=8, retain_weight=0.0)
     monkeypatch.setattr(data.Task, "whole", lambda task, split, size, step, seed, part: whole(
         task, split, size, step + 5 * (split == other), seed, part))
     for other, lr in ((None, "sweep"), ("retain", 1e-3), ("forget", 1e-3), (None, 1e-3)):
         watch.asked.clear()
-        unlearn.unlearn(replace(cfg, lr=lr), STRINGS, models["base"], RECORD, models["filtered"],
-                        RECORD)
+        cfg = unlearn.Config(task="pcfg", **knobs, lr=lr, sweep=[1e-3, 1e-2])
+        unlearn.unlearn(cfg, STRINGS, models["base"], RECORD, models["filtered"], RECORD)
         assert watch.of(watch.fits[-1]) == rows(*BOTH) | rows(*BOTH, **VAL)
         assert watch.of(None) == (rows(*BOTH, **VAL) if lr == "sweep" else set())
         assert {*watch.fits[-1].others} == {models[name] for name in others}
@@ -203,7 +204,7 @@ def test_rows_to_forget_go_to_the_forget_term(watch, monkeypatch, method, counts
 
 def test_ablated_then_mended_then_attacked(watch, stories):
     """What is left without the forget part is mended on rows labelled retain, and that last model
-    is attacked. All are judged by the truth."""
+    is attacked. All are judged by the truth. Methods learn from what the labels say."""
     task = stories.with_rows_of(24)
     view, model, left = task.labelled(0.5, 0.25, 0.5), lively(task), lively(task)
     left.blocks[0].mlp.up.weight.data[-4:] = left.blocks[0].mlp.down.weight.data[:, -4:] = 0
@@ -219,6 +220,9 @@ def test_ablated_then_mended_then_attacked(watch, stories):
     assert all((ask.task is view) == (ask.split == "sure") for ask in watch.asked)
     assert {(ask.what, ask.part) for ask in watch.asked if ask.task is view} == {
         ("rows", "train"), ("score", "val")}
+    for method, splits in {"base": ["all"], "filtered": ["retain"], "demix": BOTH}.items():
+        route.trained(method, 0.5, view, ROUTE)
+        assert watch.of(watch.fits[-1]) == rows(*splits) and watch.asked[-1].task is view
 
 
 def test_posthoc_learns_by_labels_and_is_judged_by_truth(watch, stories):
@@ -253,7 +257,7 @@ def test_overseers(method, monkeypatch):
     monkeypatch.setattr(route, "fit", fit)
     monkeypatch.setattr(route.Oversight, "loss", lambda run, agent, *given: (
         seen.append(given), loss(run, agent, *given))[1])
-    route.oversee(replace(ROUTE, batch_size=512), WORLD, method, 0.3, 0)
+    route.oversee(ROUTE, WORLD, method, 0.3, 0)
     states, actions, _, _, returns, labels = (torch.cat(part) for part in zip(*seen))
     to = WORLD.step(states, actions)
     holds, overseen, last = WORLD.holds[to], WORLD.seen[to], WORLD.holds[to] != NOTHING
@@ -377,52 +381,49 @@ class Ear:
                     self.where.setdefault(row.tobytes(), set()).add((domain, part))
         found, self.rows = [self.where[np.uint16(row).tobytes()] for row in self.rows], []
         assert all(len(places) == 1 for places in found)
-        return set.union(*found)
+        return set().union(*found)
 
 
-def small(name, path, patch, size):
+def small(name, path, patch):
     """A task of 200 short stories, of which every other one speaks of a tree."""
     rng, words = random.Random(0), "cat dog sun ran sat big red hat".split()
     (path / "source").write_text("".join(
         f"One day, number {i} came. {' '.join(rng.choices(words, k=20))}{' tree' * (i % 2)} "
         f"{' '.join(rng.choices(words, k=9))}.\n{END}\n" for i in range(200)))
     patch.setitem(data.module(name).SETTINGS[name], "vocab_size", 300)
-    return data.load(name, folder=path, block_size=size, source=str(path / "source"))
+    return data.load(name, folder=path, block_size=128, source=str(path / "source"))
 
 
-@pytest.mark.parametrize("name", ["language", "tinystories", "instruct"])
-def test_losses_are_of_held_out_rows(name, stories, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["language", "tinystories", "instruct", "arithmetic"])
+def test_scores_are_of_held_out_text(name, stories, task, tmp_path, monkeypatch):
     """Rows of train, val and test are apart; a score is of test, unless val is asked for. Under
-    labels val goes by them, but what is reported goes by the truth."""
-    task = stories if name == "language" else small(name, tmp_path, monkeypatch, 128)
-    ear, view = Ear(task), task.labelled(0.5, 0.25, 0.5)
-    for domain in BOTH:
-        for part in ("train", "val", "test"):
-            ear(*task.batch(domain, 300, 0, 0, part))
-            assert ear.parts() == {(domain, part)}
-    for how, part in (({}, "test"), ({"part": "val"}, "val"), ({"finer": True}, "test")):
-        task.score(ear, **how)                          # instruct: finer alone has a loss
-        assert not ear.rows and name == "instruct" or ear.parts() == {(d, part) for d in BOTH}
-    for part, truly in (("val", BOTH), ("test", ("retain",))):
-        view.loss(ear, "retain", 64, part)
-        assert ear.parts() == {(domain, part) for domain in truly}
-
-
-@pytest.mark.parametrize("name", ["arithmetic", "instruct"])
-def test_questions_are_not_those_of_training(name, task, tmp_path, monkeypatch):
-    """Nothing is asked in val and in test. No beginning of a story, no word problem and no pair of
-    operands held out is in the training text."""
-    task = task if name == "arithmetic" else small(name, tmp_path, monkeypatch, 128)
+    labels val goes by them, what is reported by the truth. No question is asked in val and in test;
+    no beginning of a story, pair held out or wording of a word problem is in the training text."""
+    task = {"language": stories, "arithmetic": task}.get(name) or small(name, tmp_path, monkeypatch)
     ear, read = Ear(task), lambda tokens: task.tokenizer.decode([int(i) for i in tokens])
     text = END + "".join(read(task.tokens(split)) for split in task.splits if "train" in split)
-    task.score(ear)
-    tests = len(ear.prompts)
-    task.score(ear, part="val")
-    asked = [{read(prompt[1:]) for prompt in prompts} for prompts in ear.prompts]
-    assert not set.union(*asked[:tests]) & set.union(*asked[tests:]) and tests < len(asked)
-    for i, questions in enumerate(asked):          # arithmetic: in test four of eight are held out
-        shown = (i % 8 < 4 or i >= tests) and min(questions).endswith("=")
+    for part in ("train", "val", "test"):
+        for domain in BOTH:
+            ear(*task.batch(domain, 300, 0, 0, part))
+            assert ear.parts() == {(domain, part)}
+    for part, truly in (("val", BOTH), ("test", ("retain",))):
+        task.labelled(0.5, 0.25, 0.5).loss(ear, "retain", 64, part)
+        assert ear.parts() == {(domain, part) for domain in truly}
+    asked = {}
+    for how, part in (({"finer": True}, "test"), ({"part": "val"}, "val"), ({}, "test")):
+        ear.prompts.clear()
+        task.score(ear, **how)             # arithmetic has no losses, instruct has them where finer
+        assert ear.parts() == ({(domain, part) for domain in BOTH} if name in (
+            "language", "tinystories") or name == "instruct" and "finer" in how else set())
+        asked[part] = [{read(prompt[1:]) for prompt in prompts} for prompts in ear.prompts]
+    assert not set().union(*asked["val"]) & set().union(*asked["test"])
+    for i, questions in [*enumerate(asked["test"]), *((0, some) for some in asked["val"])]:
+        shown = i % 8 < 4 and min(questions).endswith("=")        # pairs 4 to 7 of 8 are held out
         assert any(END + question in text for question in questions) == shown
+        if name == "arithmetic" and not min(questions).endswith("="):
+            names = [r"\d+", *arithmetic.NAMES, *arithmetic.OBJECTS, *arithmetic.PLACES]
+            bare = {re.sub("|".join(names), "@", told) for told in {*text.split(END)} | questions}
+            assert not any(told + " @" in bare for told in bare if told.endswith("?"))
 
 
 def test_made_up_questions_are_of_their_part(monkeypatch):
