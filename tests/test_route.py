@@ -386,7 +386,8 @@ def test_steered_gradient(stories, float32):
 # --- the scripts ---------------------------------------------------------------------------------
 TINY = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=4", "--steps=3",
         "--batch_size=8", "--forget_units=16", "--expand=16", "--block_size=32", "--stories=200",
-        "--lrs=1e-3", "--attack_steps=1,2", "--attack_rows=4", "--coherence_steps=1"]
+        "--lrs=1e-3", "--attack_steps=1,2", "--attack_rows=4", "--attack_seeds=1",
+        "--coherence_steps=1"]
 
 
 def script(path, *arguments):

@@ -29,7 +29,7 @@ SCRIPTS = {"train": train, "unlearn": unlearn, "undo": undo, "eval": judges}
 FLOAT32 = train.hardware(train.Config(device="cpu"))[1] == torch.float32
 SMALL = ["--device=cpu", "--compile=false", "--n_layer=1", "--n_embd=32", "--n_head=2"]
 BASE = ["--steps=4", "--filtered_steps=3"]
-ATTACK = ["--lrs=1e-3,1e-2", "--attack_steps=2,4", "--attack_rows=4"]
+ATTACK = ["--lrs=1e-3,1e-2", "--attack_steps=2,4", "--attack_rows=4", "--attack_seeds=1"]
 UNLEARN = [*ATTACK, "--steps=3", "--batch_size=8"]
 UNDO = [*ATTACK, "--unlearn_steps=3", "--steps=3", "--batch_size=8", "--check_every=2",
         "--alphas=0.5,1"]

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=2"]
 UNDO = [*SMALL, "--base_steps=24", "--filtered_steps=12", "--attack_steps=2,4", "--attack_rows=4",
-        "--lrs=1e-3,1e-2", "--unlearn_steps=3", "--steps=12", "--batch_size=8", "--check_every=4",
-        "--muon_lr=0", "--alphas=0.5", "--method=rmu"]   # RMU leaves a block without gradients
+        "--attack_seeds=1", "--lrs=1e-3,1e-2", "--unlearn_steps=3", "--steps=12",
+        "--batch_size=8", "--check_every=4", "--muon_lr=0", "--alphas=0.5", "--method=rmu"]   # RMU leaves a block without gradients
 BASE = [*SMALL, "--steps=24", "--name=base", "--save_every=5"]
 DRIVER = f"""
 import os, signal, sys
@@ -27,6 +27,7 @@ torch.set_num_threads(1)
 train.hardware = lambda cfg: (torch.device("cpu"), torch.float32, None)       # float32: comparable
 exam = arithmetic.exam
 arithmetic.exam = lambda *asked: exam(*asked)[:10]
+arithmetic.SETTINGS["arithmetic"]["oracle"]["steps"] = 6
 rank, how = os.environ.get("RANK", "0"), os.environ.get("DIE")
 step = train.Run.step
 def fragile(self, *rest):
