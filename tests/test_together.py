@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=2"]
 UNDO = [*SMALL, "--base_steps=24", "--filtered_steps=12", "--attack_steps=2,4", "--attack_rows=4",
-        "--attack_seeds=1", "--lrs=1e-3,1e-2", "--unlearn_steps=3", "--steps=12",
-        "--batch_size=8", "--check_every=4", "--muon_lr=0", "--alphas=0.5", "--method=rmu"]   # RMU leaves a block without gradients
+        "--attack_seeds=1", "--lrs=1e-3,1e-2", "--unlearn_steps=3", "--steps=12", "--muon_lr=0",
+        "--batch_size=8", "--check_every=4", "--alphas=0.5",
+        "--method=rmu"]                                  # RMU leaves a block without gradients
 BASE = [*SMALL, "--steps=24", "--name=base", "--save_every=5"]
 DRIVER = f"""
 import os, signal, sys
