@@ -138,8 +138,8 @@ def test_a_signal_during_the_last_score(tmp_path):
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    """Python runs a handler a little later than the signal, and two signals that come before that as
-    one: each is waited for. A shell starts its background jobs with SIGINT ignored: not here."""
+    """Python runs a handler a little later than the signal, and two signals that come before that
+    as one: each is waited for. A shell starts its background jobs with SIGINT ignored: not here."""
     def twice(model, step):
         first = signal.getsignal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
