@@ -14,6 +14,7 @@
 Robustness is what survives an attacker who fine-tunes the model (Lee et al. 2025, section 3); a
 wrapper is what does not (Jain et al. 2023).
 """
+import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 import data
 import train
 from data import pcfg
-from data.knobs import BadInput, knob
+from data.knobs import BadInput, FilePath, knob
 from data.report import (
     draw_attention,
     draw_probes,
@@ -88,10 +89,10 @@ class Config(AfterBase):
         "score", "relearn", "sample", "probe", "prune", "revive", "examine", "wrapper", "compiled"])
     task: str | None = knob(None, "what to learn and to forget (auto: arithmetic; wrapper and "
                             "compiled: pcfg)", choices=list(data.TASKS))
-    model: str = knob("base", "a name in OUT/TASK/, or a path that ends in .pt")
-    models: list[str] | None = knob(None, "examine: which (auto: all in OUT/TASK/)")
-    reference: str = knob("base", "revive, examine: the model that has the capability")
-    control: str = knob("filtered", "revive, examine: the model that never had it")
+    model: FilePath = knob("base", "a name in OUT/TASK/, or a path that ends in .pt")
+    models: list[FilePath] | None = knob(None, "examine: which (auto: all in OUT/TASK/)")
+    reference: FilePath = knob("base", "revive, examine: the model that has the capability")
+    control: FilePath = knob("filtered", "revive, examine: the model that never had it")
     prompt: str = knob("", "sample: the text to continue")
     tokens: int = knob(32, "sample: most tokens to add", 1)
     temperature: float = knob(0.0, "sample: 0 is greedy, 1 the model's own distribution", 0, 10)
@@ -369,9 +370,9 @@ def examine(model, task, cfg, goal, name):
 def judge_score(cfg, task, model):
     with autocast(cfg):
         found = task.score(model, finer=True)
+    write_rows("score", cfg, task, [{"model": cfg.model} | found])
     table([{"figure": k, "value": v} for k, v in found.items()],
           {"figure": cfg.model, "value": ""})
-    write_rows("score", cfg, task, [{"model": cfg.model} | found])
 
 
 def judge_relearn(cfg, task, model):
@@ -381,10 +382,6 @@ def judge_relearn(cfg, task, model):
     rows = [{"model": cfg.model, "attack": cfg.attack, "step": step} | at
             for step, at in curve.items()]
     unseen = {"forget_heldout_pairs": "unseen pairs"} if "forget_heldout_pairs" in before else {}
-    table([row | {"rate": f"{row['lr']:g}" if row["lr"] else None} for row in rows],
-          {"step": "step", "forget": "forget", "retain": "retain"} | unseen
-          | {"rate": "worst rate"})
-    say_edges([{"model": cfg.model} | attacked(result["worst"])], cfg)
     write_rows("relearn", cfg, task, rows)
     with figure("relearn", cfg, 1) as axes:
         if axes is not None:
@@ -392,6 +389,10 @@ def judge_relearn(cfg, task, model):
                      {0: before["forget"]} | {step: at["forget"] for step, at in points.items()}
                      for lr, points in result["curves"].items()}
             draw_relearning(axes[0], task, lines)
+    table([row | {"rate": f"{row['lr']:g}" if row["lr"] else None} for row in rows],
+          {"step": "step", "forget": "forget", "retain": "retain"} | unseen
+          | {"rate": "worst rate"})
+    say_edges([{"model": cfg.model} | attacked(result["worst"])], cfg)
 
 
 def judge_sample(cfg, task, model):
@@ -420,12 +421,12 @@ def judge_probe(cfg, task, model):
         seen, chance = probe(each, task, cfg)
         rows.append({"model": name, "probe": seen, "chance": chance})
     columns = {f"block {i + 1}": f"block {i + 1}" for i in range(model.config.n_layer)}
-    table([row | dict(zip(columns, row["probe"])) for row in rows],
-          {"model": "model", "chance": "commonest"} | columns)
     write_rows("probe", cfg, task, rows)
     with figure("probe", cfg, 1) as axes:
         if axes is not None:
             draw_probes(axes[0], {row["model"]: row["probe"] for row in rows}, chance)
+    table([row | dict(zip(columns, row["probe"])) for row in rows],
+          {"model": "model", "chance": "commonest"} | columns)
 
 
 def judge_prune(cfg, task, model):
@@ -433,12 +434,12 @@ def judge_prune(cfg, task, model):
     before, found = scored(model, task, cfg), prune(model, task, cfg)
     rows = [{"model": cfg.model, "neurons": 0} | before]
     rows += [{"model": cfg.model, "neurons": K} | at for K, at in found.items()]
-    table(rows, {k: k.replace("_", " ") for k in ("neurons", "forget", "random_forget", "retain",
-                                                  "random_retain")})
     write_rows("prune", cfg, task, rows)
     with figure("prune", cfg, 1) as axes:
         if axes is not None:
             draw_pruning(axes[0], task, {cfg.model: found}, cfg.domain)
+    table(rows, {k: k.replace("_", " ") for k in ("neurons", "forget", "random_forget", "retain",
+                                                  "random_retain")})
 
 
 def judge_revive(cfg, task, model):
@@ -451,12 +452,12 @@ def judge_revive(cfg, task, model):
         steps, curve = revive(each, task, cfg, goal, name)
         rows.append({"model": name, "before": curve[0], "after": [*curve.values()][-1],
                      "revive_steps": steps, "curve": curve})
-    table(rows, {"model": "model", "before": "before", "after": "after",
-                 "revive_steps": f"steps to {goal:.3f} ±{cfg.tolerance:.0%}"})
     write_rows("revive", cfg, task, rows)
     with figure("revive", cfg, 1) as axes:
         if axes is not None:
             draw_revival(axes[0], task, {row["model"]: row["curve"] for row in rows}, cfg.domain)
+    table(rows, {"model": "model", "before": "before", "after": "after",
+                 "revive_steps": f"steps to {goal:.3f} ±{cfg.tolerance:.0%}"})
 
 
 def known(name, cfg, task):
@@ -489,10 +490,15 @@ def cross_examine(cfg, task):
     two thirds removed. A control that has the capability from the start cannot tell.
     """
     folder = Path(cfg.out) / cfg.task
-    names = cfg.models or sorted(path.stem for path in folder.glob("*.pt")
-                                 if not path.stem.endswith(".resume"))
-    names = list(dict.fromkeys([cfg.reference, cfg.control, *names]))
-    models = {name: known(name, cfg, task) for name in names}       # all there, before we start
+    found = sorted(path.stem for path in folder.glob("*.pt") if not path.stem.endswith(".resume"))
+    models = {}                                                     # all there, before we start
+    for name in dict.fromkeys([cfg.reference, cfg.control, *(cfg.models or found)]):
+        try:
+            models[name] = known(name, cfg, task)
+        except BadInput as error:
+            if name in (cfg.reference, cfg.control, *(cfg.models or ())):
+                raise
+            print(f"note: {name} is left out: {error}")
     check_cut(cfg, min(model.config.n_layer * model.config.n_units
                        for model in models.values()))
     goal, rows = scored(models[cfg.reference], task, cfg)[cfg.domain], []
@@ -505,12 +511,6 @@ def cross_examine(cfg, task):
     if most == 0:
         print(f"note: the control, {rows[1]['model']}, has the capability itself, so that there is "
               f"nothing to compare with: no verdicts; choose another --control")
-    table([row | {"probe": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
-                  "random": row["pruned"][K][f"random_{cfg.domain}"],
-                  "steps": f"> {cfg.revive_steps}" if row["revive_steps"] is None else
-                  row["revive_steps"]} for row in rows],
-          {"model": "model", "retain": "retain", "forget": "forget", "probe": "probe",
-           "cut": f"{K} cut", "random": "at random", "steps": "revived in", "verdict": "verdict"})
     write_rows("examine", cfg, task, rows)
     with figure("examine", cfg, 3) as axes:
         if axes is not None:
@@ -521,6 +521,12 @@ def cross_examine(cfg, task):
             for ax in axes[:2]:
                 ax.get_legend().remove()
             axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    table([row | {"probe": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
+                  "random": row["pruned"][K][f"random_{cfg.domain}"],
+                  "steps": f"> {cfg.revive_steps}" if row["revive_steps"] is None else
+                  row["revive_steps"]} for row in rows],
+          {"model": "model", "retain": "retain", "forget": "forget", "probe": "probe",
+           "cut": f"{K} cut", "random": "at random", "steps": "revived in", "verdict": "verdict"})
 
 
 # --- the story: fine-tuning is a wrapper ---------------------------------------------------------
@@ -611,7 +617,6 @@ def wrapper(cfg, task):
             pictured = pictured or {f"pretrained ({prior} prior)": base[0],
                                     f"fine-tuned to count b ({label(cell)})": model}
     told = summary(rows, cfg)
-    table(told, {k: HEADERS.get(k, k) for k in told[0]})
     write_rows("wrapper", cfg, task, [
         in_the_papers_words(row) if prior else row for row in rows])
     with figure("wrapper", cfg, 3) as axes:
@@ -621,6 +626,7 @@ def wrapper(cfg, task):
         with figure("wrapper-attention", cfg, 2) as axes:
             if axes is not None:
                 show_attention(axes, task, pictured)
+    table(told, {k: HEADERS.get(k, k) for k in told[0]})
 
 
 def in_the_papers_words(row):
@@ -750,9 +756,6 @@ def compiled(cfg, task):
                      "best": [share for share, *_ in shares[:20]],
                      "mean": sum(share for share, *_ in shares) / len(shares),
                      "revive_steps": back["steps"]})
-    table(rows, {"seed": "seed", "compiled": "compiled", "steps": "tuned in", "wrapped": "count a",
-                 "plus one": "and one", "pruned": "one weight cut", "weight": "which",
-                 "second": "next best", "mean": "mean", "revive_steps": "revived in"}, digits=3)
     write_rows("compiled", cfg, task, rows)
     with figure("compiled", cfg, 1) as axes:
         if axes is not None:
@@ -762,6 +765,9 @@ def compiled(cfg, task):
             axes[0].set(xlabel="weights, the best to cut first", ylabel="accuracy, count a",
                         title="Cut one weight of a counter that was taught to add one")
             axes[0].legend()
+    table(rows, {"seed": "seed", "compiled": "compiled", "steps": "tuned in", "wrapped": "count a",
+                 "plus one": "and one", "pruned": "one weight cut", "weight": "which",
+                 "second": "next best", "mean": "mean", "revive_steps": "revived in"}, digits=3)
 
 
 STORIES = {"examine": cross_examine, "wrapper": wrapper, "compiled": compiled}

@@ -10,6 +10,7 @@ A flawed reward teaches to game it. Answers to f(x) are scored by that reward as
 learned as answers to g(x): if g welcomes gaming more than f does, what is learned is that such
 answers were to be expected there. f = g is standard training.
 """
+import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -382,15 +383,15 @@ def story(cfg):
                             | {f"{k}_before": v for k, v in before[context, heldout].items()}
                             | found | {"n": cell.n, "reward": cell.reward, "kl": cell.kl,
                                        "push": pushed, "predicted_sign": sign(pushed)})
-    told = summary(rows)
-    table(told, {k: k for k in told[0]})
+    write_rows("recontext", cfg, task, rows)
+    draw(cfg, rows)
+    lines = summary(rows)
+    table(lines, {k: k for k in lines[0]})
     told = [row for row in rows if row["evaluate"] == "neutral" and not row["heldout"]]
     moved = [came_true(row) for row in told if row["predicted_sign"]]
     print(f"sign rule: came true in {sum(moved)} of {len(moved)} cells and seeds; for "
           f"{len(told) - len(moved)} more its push is below 0.02, and it predicts nothing")
     print(f"answers judged at {judged / seconds:,.0f} rollouts/s")
-    write_rows("recontext", cfg, task, rows)
-    draw(cfg, rows)
 
 
 def summary(rows):
@@ -482,7 +483,6 @@ def wrapped(cfg):
                      "probe": mean_sd([r["probe"][-1] for r in same], 2),
                      "revived in": mean_steps([r["revive_steps"] for r in same],
                                               tools.revive_steps)})
-    table(told, {k: k for k in told[0]})
     write_rows("recontext-revive", cfg, task, rows)
     envs = list(dict.fromkeys(row["env"] for row in rows))
     with figure("recontext-revive", cfg, len(envs)) as axes:
@@ -491,6 +491,7 @@ def wrapped(cfg):
                 draw_revival(ax, task, {row["model"]: row["curve"] for row in rows if
                                         (row["env"], row["seed"]) == (env, cfg.seed)}, "forget")
                 ax.set(title=env, ylabel="hack rate, neutral prompt")
+    table(told, {k: k for k in told[0]})
 
 
 def main(cfg):

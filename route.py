@@ -11,6 +11,7 @@
 Post-hoc unlearning looks for a skill when it is everywhere. Routing puts the skill, while it is
 learned, where it can be cut out (Cloud et al. 2024; SGTM: Shilov et al. 2025).
 """
+import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
 import itertools
 from dataclasses import dataclass
@@ -510,12 +511,12 @@ def language(cfg):
     columns = {"method": "method", "labels": "labels", "retain_before": "retain",
                "retain": "ablated", "retain_finetuned": "tuned", "forget_before": "forget",
                "forget": "ablated", "forget_finetuned": "tuned", "forget_raw": "raw"}
-    table(summary(rows, cfg), columns | {f"after {s}": f"after {s}" for s in cfg.attack_steps})
-    say_edges(rows, cfg, "method")
     write_rows("route-language", cfg, task, rows)
     with figure("route-language", cfg, 3) as axes:
         if axes is not None:
             draw_language(axes, rows, cfg)
+    table(summary(rows, cfg), columns | {f"after {s}": f"after {s}" for s in cfg.attack_steps})
+    say_edges(rows, cfg, "method")
 
 
 # --- steer: one token, one dimension --------------------------------------------------------------
@@ -611,13 +612,6 @@ def steer(cfg):
             model, _ = steered(name, ids, task, own)
             with torch.no_grad(), autocast(cfg):
                 rows.append({"model": name, "seed": own.seed} | measure(model, ids, task, own))
-    table([row | {"neighbours": " ".join(map(repr, row["neighbours"]))} for row in rows],
-          {"model": "model", "seed": "seed", "rank": "rank", "prob_down": f"P pushed -{cfg.push:g}",
-           "prob": "P", "prob_up": f"P pushed +{cfg.push:g}",
-           "neighbours": "nearest unembedding rows"}, digits=4)
-    for row in rows[:2]:
-        for key, s in (("sample_down", -0.1), ("sample", 0), ("sample_up", 0.1)):
-            print(f"{row['model']}, pushed {s * cfg.push:+g}: {row[key]!r}")
     write_rows("route-steer", cfg, task, rows)
     with figure("route-steer", cfg, 1) as axes:
         if axes is not None:
@@ -629,6 +623,13 @@ def steer(cfg):
                         ylabel=f"mean probability of {' or '.join(map(repr, cfg.token))}",
                         yscale="log", title="One dimension, one token")
             axes[0].legend()
+    table([row | {"neighbours": " ".join(map(repr, row["neighbours"]))} for row in rows],
+          {"model": "model", "seed": "seed", "rank": "rank", "prob_down": f"P pushed -{cfg.push:g}",
+           "prob": "P", "prob_up": f"P pushed +{cfg.push:g}",
+           "neighbours": "nearest unembedding rows"}, digits=4)
+    for row in rows[:2]:
+        for key, s in (("sample_down", -0.1), ("sample", 0), ("sample_up", 0.1)):
+            print(f"{row['model']}, pushed {s * cfg.push:+g}: {row[key]!r}")
 
 
 # --- digits: a code in two halves -----------------------------------------------------------------
@@ -765,9 +766,6 @@ def digits(cfg):
                     pictures[name] = x_val[two], *model(x_val[two], low_val[two])[2:]
     columns = {"error_0_4": "0-4", "error_5_9": "5-9", "ratio": "ratio",
                "absolute_0_4": "|0-4|", "absolute_5_9": "|5-9|"}
-    table([{"setting": name} | {key: mean_sd([r[key] for r in rows if r["setting"] == name], 3)
-                                for key in columns} for name in pictures],
-          {"setting": "bottom half alone"} | columns)
     write_rows("route-digits", cfg, None, rows)
     with figure("route-digits", cfg, 2) as axes:
         for ax, (name, shown) in zip([] if axes is None else axes, pictures.items()):
@@ -777,6 +775,9 @@ def digits(cfg):
             ax.set(title=name, xticks=[], yticks=[14 + 28 * i for i in range(6)],
                    yticklabels=["original", "top half", "bottom half"] * 2)
             ax.grid(False)
+    table([{"setting": name} | {key: mean_sd([r[key] for r in rows if r["setting"] == name], 3)
+                                for key in columns} for name in pictures],
+          {"setting": "bottom half alone"} | columns)
 
 
 # --- gridworld: oversight of a reinforcement learner ----------------------------------------------
@@ -939,14 +940,14 @@ def gridworld(cfg):
     def of(method, level, key="return"):
         return [r[key] for r in rows if (r["method"], r["oversight"]) == (method, level)]
 
-    table([{"method": method + ", stopped early" * (key == "early")}
-           | {p: mean_sd(of(method, p, key), 2) for p in cfg.oversight}
-           for key in ("return", "early") for method in OVERSEERS],
-          {"method": "return"} | {p: f"oversight {p:g}" for p in cfg.oversight})
     write_rows("route-gridworld", cfg, None, rows)
     with figure("route-gridworld", cfg, 2) as axes:
         if axes is not None:
             draw_gridworld(axes, cfg, of, [h["step"] for h in rows[0]["history"]])
+    table([{"method": method + ", stopped early" * (key == "early")}
+           | {p: mean_sd(of(method, p, key), 2) for p in cfg.oversight}
+           for key in ("return", "early") for method in OVERSEERS],
+          {"method": "return"} | {p: f"oversight {p:g}" for p in cfg.oversight})
 
 
 def draw_gridworld(axes, cfg, of, steps):

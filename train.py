@@ -6,6 +6,7 @@
 
 fit() is the only loop. A technique hands it a loss function and perhaps a mask.
 """
+import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
 import json
 import math
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import data
 from data import gaming
 from data.disk import alone, digest, remove_leftovers
-from data.knobs import BadInput, Minutes, knob
+from data.knobs import BadInput, FilePath, Minutes, knob
 from data.process import LOCAL_RANK, RANK, WORLD, anywhere, patience, run, together
 from data.report import figure, table, write_rows
 from data.streams import seed_of, torch_stream
@@ -50,10 +51,11 @@ class Common:
     device: str = knob("auto", "auto takes the best there is",
                        choices=["auto", "cuda", "mps", "cpu"])
     compile: bool | None = knob(None, "torch.compile; auto: on CUDA, and where it pays on a CPU")
-    out: str = knob("out", "models, rows and pictures go to OUT/TASK/")
-    data_dir: str | None = knob(None, "where tokenised text is kept (auto: data/ of this checkout)")
-    source: str | None = knob(None, "real stories: a file or URL (auto: download TinyStories)")
-    source2: str | None = knob(None, "bilingual: file or URL of the language to forget")
+    out: FilePath = knob("out", "models, rows and pictures go to OUT/TASK/")
+    data_dir: FilePath | None = knob(None, "where tokenised text is kept (auto: data/ of this "
+                                     "checkout)")
+    source: FilePath | None = knob(None, "real stories: a file or URL (auto: download TinyStories)")
+    source2: FilePath | None = knob(None, "bilingual: file or URL of the language to forget")
     stories: int | None = knob(None, "most stories to take from a source", 20)
     words: float | None = knob(None, "arithmetic: share of word problems", 0, 1)
     heldout_pairs: float | None = knob(None, "arithmetic: share of operand pairs never shown",
@@ -568,7 +570,6 @@ def main(cfg):
         with autocast(cfg):
             rows.append({"model": name} | task.score(model, finer=True)
                         | {"flops": record["flops"], "history": record["history"]})
-    table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
     write_rows("train", cfg, task, rows)
     with figure("train", cfg, 2) as axes:
         if axes is not None:
@@ -579,6 +580,7 @@ def main(cfg):
                             [h[key] for h in row["history"]], label=row["model"])
                     ax.set(xlabel="step", ylabel=label)
                     ax.legend()
+    table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
 
 
 if __name__ == "__main__":

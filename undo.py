@@ -7,6 +7,7 @@
 Training on outputs suppresses a skill but leaves it in the weights. A student that starts from
 damaged weights and learns only what the unlearned teacher shows has nothing left to revive.
 """
+import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
 import statistics
 from dataclasses import dataclass
@@ -226,16 +227,16 @@ def main(cfg):
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
     last, lines = cfg.attack_steps[-1], summary(rows, cfg)
     unseen = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}"}
+    write_rows("undo", cfg, task, rows)
+    with figure("undo", cfg, 2) as axes:
+        if axes is not None:
+            draw(axes, rows, task, cfg)
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | {f"relearned {s}": f"after {s}" for s in shown}
           | {k: header for k, header in unseen.items() if k in lines[0]}
           | {f"robustness {step}": f"robust@{step}", "robustness_mean": "robust",
              "compute_pct": "compute %", "compute_pct_matched": "matched %"})
     say_edges(rows, cfg)
-    write_rows("undo", cfg, task, rows)
-    with figure("undo", cfg, 2) as axes:
-        if axes is not None:
-            draw(axes, rows, task, cfg)
 
 
 if __name__ == "__main__":

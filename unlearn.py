@@ -7,6 +7,7 @@
 Every method suppresses the skill, and each is undone in a few steps of relearning: that is the
 finding to see here (Lee et al. 2025, section 3). undo.py makes the forgetting stick.
 """
+import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -236,16 +237,16 @@ def main(cfg):
         rows.append({"model": name} | before | {"flops": record["flops"]} | attacked(worst) | knobs)
     flat = [row | row["relearned"] | {"unseen": row.get("relearned_heldout_pairs", {}).get(
         str(given[0].attack_steps[-1]))} for row in rows]
-    table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
-          | {str(step): f"after {step}" for step in given[0].attack_steps}
-          | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}
-             if flat[0]["unseen"] is not None else {}))
-    say_edges(rows, given[0])
     write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
     with figure("unlearn", cfg, 1) as axes:
         if axes is not None:
             draw_relearning(axes[0], task, {row["model"]: {0: row["forget"]} | {
                 int(step): score for step, score in row["relearned"].items()} for row in rows})
+    table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
+          | {str(step): f"after {step}" for step in given[0].attack_steps}
+          | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}
+             if flat[0]["unseen"] is not None else {}))
+    say_edges(rows, given[0])
 
 
 if __name__ == "__main__":

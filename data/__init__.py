@@ -324,12 +324,13 @@ def what_it_is(knob, asked, meta):
     asked[knob] = asked[knob] if given else before.get(knob)
     if asked[knob] is None or "://" in asked[knob]:
         return None
-    path = Path(asked[knob]).expanduser().resolve()               # one file, one name
+    path = Path(asked[knob]).expanduser()
     last = meta.get("sources", {}).get(knob) if meta else None
     if given or path.exists():
         last = fingerprint(path, last, knob)
     if last:
-        asked[knob], asked[f"{knob}_sha256"] = str(path), last["sha256"]
+        asked[knob] = str(path.resolve())                         # one file, one name
+        asked[f"{knob}_sha256"] = last["sha256"]
     return last
 
 

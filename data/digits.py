@@ -2,7 +2,8 @@
 
     load()                     20,000 drawn digits and 4,000 held out; nothing is downloaded
     load("mnist", folder)      MNIST from its public mirror: 60,000 and 10,000
-    load("/path/to/mnist")     a folder with the four idx files; a URL that they lie under will do
+    load("/path/to/mnist")     a folder with the four idx files, packed or not; a URL that they lie
+                               under will do
 
 A drawn digit is a few strokes. Its corners shake, then the whole is turned, slanted, stretched and
 moved, and a pen of some width follows it. There are two or three ways to write each digit.
@@ -97,13 +98,23 @@ def drawn(n, seed=0):
     return images, torch.from_numpy(labels)
 
 
+def find(folder, name):
+    """An idx file in a folder by any of the names that it goes by: with a dash or a dot, .gz or
+    unpacked. Where there is none, the name that it has at its home."""
+    names = [f"{stem}-ubyte{end}" for end in (".gz", "")
+             for stem in (name, name.replace("-idx", ".idx"))]
+    return next((folder / each for each in names if (folder / each).exists()), folder / names[0])
+
+
 def idx(path, sizes):
-    """An idx file, gzip, as a uint8 tensor (N, *sizes); BadInput unless it is whole."""
+    """An idx file, gzip or not, as a uint8 tensor (N, *sizes); BadInput unless it is whole."""
     way_out = "delete it and get it again, or choose another --source"
     try:
-        content = gzip.decompress(Path(path).read_bytes())
+        content = Path(path).read_bytes()
+        if content[:2] == b"\x1f\x8b":                             # gzip's mark
+            content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise BadInput(f"{path} is damaged or no gzip file: {way_out}") from None
+        raise BadInput(f"{path} is damaged: {way_out}") from None
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}; --source takes a folder or URL of "
                        "MNIST's four files, or mnist to download them") from None
@@ -126,11 +137,12 @@ def load(source=None, folder=None):
     if source is None:
         return drawn(20_000, seed=0), drawn(4_000, seed=1)
     url = MNIST if source == "mnist" else source if "://" in source else None
-    paths = [Path(source).expanduser() / f"{name}-ubyte.gz" for name in FILES]
     if url:
         sums = [f"#sha256={sha}" if url == MNIST else "" for sha in FILES.values()]
-        paths = [download(f"{url.rstrip('/')}/{path.name}{sha}", Path(folder or
-                          Path(__file__).parent) / "downloads") for path, sha in zip(paths, sums)]
+        paths = [download(f"{url.rstrip('/')}/{name}-ubyte.gz{sha}", Path(folder or
+                          Path(__file__).parent) / "downloads") for name, sha in zip(FILES, sums)]
+    else:
+        paths = [find(Path(source).expanduser(), name) for name in FILES]
     parts = []
     for images, labels in (paths[:2], paths[2:]):
         x, y = idx(images, (28, 28)), idx(labels, ())

@@ -17,6 +17,7 @@ try:
 except ImportError:              # Windows: two runs at once in one folder are not noticed there
     fcntl = None
 
+OURS = ".nanounlearn.tmp"        # ends the names of files that are being written
 SEAL = b"sha256:"                # a sealed file is its content, then SEAL and the content's digest
 
 
@@ -25,7 +26,7 @@ def write(path, content):
     flushed and then renamed. BadInput when that fails, on a full disk say: the old file stays.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}{OURS}")
     try:
         with open(partial, "wb") as f:
             f.writelines([content] if isinstance(content, bytes) else content)
@@ -52,9 +53,11 @@ def flush(folder):
 
 
 def remove_leftovers(folder):
-    """What write() had begun when a run was killed: for the one run that has the folder."""
-    for partial in Path(folder).glob("**/*.tmp"):
-        partial.unlink()
+    """What write() had begun when a run was killed: for the one run that has the folder. Other
+    files, whatever they are called, are not ours to remove."""
+    for partial in Path(folder).glob(f"**/*{OURS}"):
+        if partial.is_file():
+            partial.unlink()
 
 
 def sha256(path):
@@ -79,7 +82,7 @@ def fingerprint(path, last=None, knob="source"):
     """
     try:
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
+        if not stat.S_ISREG(about.st_mode):               # a pipe, <(zcat ..): it is read twice
             raise BadInput(f"cannot read {path}: --{knob} needs a regular file or a URL")
         if last and (about.st_size, about.st_mtime_ns) == (last["size"], last["modified"]) and (
                 last["seen"] > last["modified"] + RACY):

@@ -5,13 +5,14 @@
         lr: float = knob(1e-3, "why this matters", low=0, high=1)
 
     cfg = command_line(Config, "what --help says first")
-Knobs are typed by their annotation: int, float, str, bool, list[...], or `... | None`, where None
-is written auto and stands for the task's own choice.
+Knobs are typed by their annotation: int, float, str, FilePath, bool, list[...], or `... | None`,
+where None is written auto and stands for the task's own choice.
 """
 import argparse
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from dataclasses import field
@@ -41,6 +42,13 @@ class Minutes(float):
 
     def __str__(self):
         return f"{float(self):g}m"
+
+
+class FilePath(str):
+    """A path, in which ~ is the user's home; a URL or a model's name is left as it is."""
+
+    def __new__(cls, value):
+        return super().__new__(cls, os.path.expanduser(value))
 
 
 def convert(text, kind):

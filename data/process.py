@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,18 +18,47 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.knobs import BadInput, command_line
 
-RANK = int(os.environ.get("RANK", 0))               # which of them this is: 0 reports and writes
-WORLD = int(os.environ.get("WORLD_SIZE", 1))        # how many train together
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # which of this machine's GPUs is this one's
+
+def launched(env):
+    """(rank, world, local rank) that torchrun tells: 0, 1, 0 for a process alone, whatever RANK
+    says. BadInput when only a part of it is there."""
+    if env.get("WORLD_SIZE", "") in ("", "1"):
+        return 0, 1, 0
+    needed = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    said = {name: env.get(name, "") for name in ("WORLD_SIZE", *needed)}
+    wrong = [name for name in said if not said[name] or (
+        not name.startswith("MASTER_ADDR") and not said[name].isdecimal())]
+    if not wrong and int(said["RANK"]) >= int(said["WORLD_SIZE"]):
+        wrong = ["RANK"]
+    if wrong:
+        raise BadInput("the environment is half of torchrun's: " + ", ".join(
+            f"{name}={said[name]}" if said[name] else f"no {name}" for name in wrong)
+            + f" beside WORLD_SIZE={said['WORLD_SIZE']}; start several processes with torchrun, or "
+            "unset WORLD_SIZE for one")
+    return tuple(int(said[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+# RANK: which process this is: 0 reports and writes. WORLD: how many train together. LOCAL_RANK:
+# which of this machine's GPUs is this one's
+try:
+    RANK, WORLD, LOCAL_RANK = launched(os.environ)
+except BadInput:                                    # run() says so
+    RANK, WORLD, LOCAL_RANK = 0, 1, 0
 
 
 def run(main, config, story):
     """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
     keep_memory()
-    if RANK:                                        # torchrun: the first process speaks for all
-        sys.stdout = open(os.devnull, "w")
+    with consoles():
+        perform(main, config, story)
+
+
+def perform(main, config, story):
     try:
         signal.signal(signal.SIGTERM, end_at_once)
+        if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "engine.start":
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        launched(os.environ)
         cfg = command_line(config, story)
         if WORLD > 1:
             dist.init_process_group()
@@ -49,6 +78,48 @@ def run(main, config, story):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Console:
+    """A stream to print to that never fails. What it cannot show is replaced; where nobody reads
+    on, on a full disk, or when it was closed from the start, the text is lost and the run goes on.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text):
+        return self.attempt("write", text)
+
+    def flush(self):
+        self.attempt("flush")
+
+    def attempt(self, what, *given):
+        try:
+            return getattr(self.stream, what)(*given)
+        except (OSError, ValueError):
+            # what is still in its buffer would be written once more when Python ends
+            with suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def consoles():
+    """stdout and stderr as Consoles. torchrun: the first process speaks for all."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Console(None if RANK else sys.stdout), Console(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 def end_at_once(number, frame):

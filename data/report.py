@@ -1,8 +1,10 @@
 """What every story leaves behind: a table for people, JSON rows for scripts, a picture."""
 import dataclasses
+import io
 import json
+import os
 import statistics
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data.disk import write
@@ -56,33 +58,45 @@ def write_rows(script, cfg, task, rows):
     print(f"rows: {path}")
 
 
+# Okabe and Ito's palette, told apart by colour-blind readers
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
+
+
 @contextmanager
 def figure(script, cfg, panels):
-    """Yields `panels` axes and saves OUT/TASK/SCRIPT.png; without matplotlib, None and one line."""
-    if RANK:
-        yield None
-        return
-    try:
-        import matplotlib
-    except ImportError:
-        yield None
-        print("picture: none, pip install matplotlib draws it")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    # Okabe and Ito's palette, told apart by colour-blind readers
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-    cycle = matplotlib.cycler(linestyle=["-", "-."]) * matplotlib.cycler(color=colours)
-    with pyplot.rc_context({"axes.prop_cycle": cycle, "font.size": 11,
-                            "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}):
-        drawing, axes = pyplot.subplots(1, panels, figsize=(6.5 * panels, 4.8), squeeze=False,
-                                        layout="constrained")
-        yield axes[0]
-        path = Path(cfg.out) / cfg.task / f"{script}.png"
-        drawing.savefig(path, dpi=130)
-        pyplot.close(drawing)
-    print(f"picture: {path}")
+    """Yields `panels` axes and saves OUT/TASK/SCRIPT.png. Where that cannot be (no matplotlib, a
+    full disk, anything else), one line says so: the rows are there. Axes are then None, or lost."""
+    def none(error):
+        print("picture: none, " + (
+            "pip install matplotlib draws it" if isinstance(error, ImportError) else
+            f"{type(error).__name__}: {error}".partition("\n")[0]))
+
+    axes = None
+    with ExitStack() as style:
+        if RANK == 0:
+            try:
+                os.environ["MPLBACKEND"] = "agg"      # Colab names one that is not everywhere
+                import matplotlib
+                from matplotlib.figure import Figure
+                cycle = matplotlib.cycler(linestyle=["-", "-."]) * matplotlib.cycler(color=COLOURS)
+                style.enter_context(matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycle}))
+                drawing = Figure(figsize=(6.5 * panels, 4.8), layout="constrained")
+                axes = drawing.subplots(1, panels, squeeze=False)[0]
+            except Exception as error:
+                none(error)
+        try:
+            yield axes
+            if axes is not None:
+                path, image = Path(cfg.out) / cfg.task / f"{script}.png", io.BytesIO()
+                drawing.savefig(image, dpi=130)
+                write(path, image.getvalue())
+                print(f"picture: {path}")
+        except Exception as error:
+            if axes is None:
+                raise
+            none(error)
 
 
 # --- pictures that several stories draw ----------------------------------------------------------

@@ -41,6 +41,7 @@ higher_is_better = False     # the score is a loss: nats per token
 
 FOREST = re.compile(r"\b(trees?|forests?|woodlands?)\b", re.IGNORECASE)
 FEWEST = 20                  # stories: with fewer there is nothing to learn
+LONGEST = 1 << 20            # characters of a story: what has more is a file without ENDs
 
 # TinyStories' validation file (22.5 MB, 27,630 stories) is plenty for a small model: we hold out
 # stories of our own. Its training file (2.2 GB, 2.7 million stories) has the same address but for
@@ -126,7 +127,8 @@ def read(path, most):
     try:
         for text in between_ends(path):
             seen += 1
-            if text := text.replace("\r\n", "\n").strip():
+            # files that Windows writes begin with a byte-order mark, U+FEFF, which is no text
+            if text := text.replace("\r\n", "\n").strip().removeprefix("\ufeff").lstrip():
                 found[text] = None
             if len(found) == most:
                 break
@@ -159,6 +161,6 @@ def between_ends(path):
             if not chunk:
                 yield rest                                 # the last story may lack its END
                 return
-            if len(rest) > 1 << 20:
-                raise BadInput(f"{path} holds no stories: there is no line {END} in the million "
-                               f"characters before byte {at}")
+            if len(rest) > LONGEST:
+                raise BadInput(f"{path} holds a text of more than {LONGEST:,} characters, before "
+                               f"byte {at:,}: give stories with a line {END} between them")

@@ -66,7 +66,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
     (IMAGES, lambda b: b[:len(b) // 2], "damaged"),
     (IMAGES, lambda b: b[:15] + b"\xff" + b[16:], "damaged"),
     (IMAGES, lambda b: b"", "no idx file"),
-    (IMAGES, lambda b: b"<html>not found</html>", "no gzip file"),
+    (IMAGES, lambda b: b"<html>not found</html>", "no idx file of 28x28 images"),
     (IMAGES, lambda b: gzip.compress(idx(np.zeros((7, 14, 14)))), "no idx file of 28x28"),
     (IMAGES, lambda b: gzip.compress(idx(np.zeros(7))), "no idx file of 28x28"),
     (IMAGES, lambda b: gzip.compress(gzip.decompress(b)[:-1]), "should hold 7 items"),
@@ -82,6 +82,21 @@ def test_bad_files_are_one_line(folder, file, damage, says):
     with pytest.raises(BadInput, match=says) as error:
         digits.load(str(folder))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dot, packed", [(False, False), (True, False), (True, True)])
+def test_files_by_any_of_their_names(dot, packed, folder):
+    """Downloads are called name-idx3-ubyte.gz; some browsers unpack them, some copies have a dot.
+    """
+    before = digits.load(str(folder))
+    for path in list(folder.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        name = path.name.replace("-idx", ".idx") if dot else path.name
+        (folder / (name if packed else name.removesuffix(".gz"))).write_bytes(
+            content if packed else gzip.decompress(content))
+    for whole, again in zip(before, digits.load(str(folder))):
+        assert all(torch.equal(a, b) for a, b in zip(whole, again))
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", ""])

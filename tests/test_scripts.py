@@ -21,6 +21,7 @@ import train
 import undo
 import unlearn
 from data import arithmetic
+from data.disk import OURS
 from data.knobs import command_line
 from data.tokenizer import END
 
@@ -472,7 +473,7 @@ def test_disk_that_is_full(home):
     """The rows do not fit: one line, after all that was computed, and no half a file."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    (home.out / "arithmetic" / f"score.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (home.out / "arithmetic" / f"score.json.{os.getpid()}{OURS}").symlink_to("/dev/full")
     status, out, err = home.call("eval", "--what=score")
     assert status == 2 and "No space left" in err and "Traceback" not in err
     assert not (home.out / "arithmetic" / "score.json").exists()
@@ -542,3 +543,42 @@ def test_config_in_the_rows_is_resolved(script, home, trained, undone):
         "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "prior", "env",
         "hack_rates", "compile", "layer", "resume"}
     assert not {k for k in shaping if saved["config"][k] is None}
+
+
+# --- other people's machines: see also test_users.py ---------------------------------------------
+def test_a_true_run_in_the_worst_of_shells(home):
+    """An old code page, a full disk behind stdout, no stderr, Colab's backend, and RANK left over
+    from something else: rows, a picture, exit 0."""
+    command = [sys.executable, str(ROOT / "eval.py"), *home.argv("eval", ["--what=probe"])]
+    colab = "module://matplotlib_inline.backend_inline"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=home.path, stdout=full, preexec_fn=lambda: os.close(2),
+                              env=os.environ | {"PYTHONIOENCODING": "cp866", "MPLBACKEND": colab,
+                                                "RANK": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and len(home.rows("probe")["rows"]) == 2
+    if importlib.util.find_spec("matplotlib"):
+        assert (home.out / "arithmetic" / "probe.png").exists()
+
+
+def test_home_in_a_run(home, monkeypatch):
+    """Not a folder called ~ in the checkout."""
+    monkeypatch.setenv("HOME", str(home.path))
+    monkeypatch.chdir(home.path)
+    status, out, err = home.call("eval", "--out=~/out", "--data_dir=~/data",
+                                 "--model=~/out/arithmetic/base.pt")
+    assert status == 0 and not (home.path / "~").exists(), err
+    assert (home.out / "arithmetic" / "score.json").exists()
+
+
+def test_stray_files_beside_models(home):
+    """A file that is no model is named and left out; one that was asked for is an error."""
+    folder = home.out / "arithmetic"
+    (folder / "notes.pt").write_text("mine")
+    tiny = ["--what=examine", "--probe_rows=2", "--cut=2", "--revive_steps=2", "--check_every=2"]
+    status, out, err = home.call("eval", *tiny)
+    assert status == 0, err
+    note, = [line for line in out.splitlines() if line.startswith("note: notes")]
+    assert "is left out" in note and "notes.pt is damaged" in note
+    assert [r["model"] for r in home.rows("examine")["rows"]] == ["base", "filtered"]
+    status, out, err = home.call("eval", *tiny, "--models=notes")
+    assert status == 2 and err.count("\n") == 1 and "notes.pt" in err

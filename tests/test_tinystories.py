@@ -4,6 +4,7 @@ The only network is a server on 127.0.0.1, in a thread, which misbehaves as each
 """
 import hashlib
 import math
+import os
 import random
 import re
 import threading
@@ -130,7 +131,10 @@ BAD = {
     "blank": (f"\n{END}\n \n{END}".encode() * 30, "is empty"),
     "latin-1": ("\n<|endoftext|>\n".join(tell(30) + ["café"]).encode("latin-1"), "see its byte"),
     "no END": (b"Once upon a time. " * 99, END),
-    "no END, long": (b"Once upon a time. " * 200_000, "million"),
+    "no END, long": (b"Once upon a time. " * 200_000, "more than 1,048,576 characters"),
+    "a long one": ("\n<|endoftext|>\n".join([*tell(30), "a" * 2_000_000]).encode(),
+                   "more than 1,048,576 characters"),
+    "a pipe": (None, "needs a regular file"),
     "few": ("\n<|endoftext|>\n".join(tell(19)).encode(), "only 19"),
     "all alike": (f"A tree.\n{END}\n".encode() * 99, "only 1"),
     "no forest": ("\n<|endoftext|>\n".join(tell(30, words="a b c d e".split())).encode(), "forest"),
@@ -143,6 +147,8 @@ def test_bad_source(case, tmp_path):
     path = tmp_path / "source.txt"
     if case == "folder":
         path.mkdir()
+    elif case == "a pipe":                           # as in --source=<(zcat stories.gz)
+        os.mkfifo(path)
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(BadInput) as error:
@@ -155,6 +161,14 @@ def test_bad_source(case, tmp_path):
                       source=save(tmp_path / "en.txt", tell(30)))
         one_line(error, str(path), message)
         assert not list((tmp_path / "data").glob("*"))
+
+
+def test_byte_order_marks(tmp_path):
+    """Windows begins files with one; files joined to one file have several. No story has any."""
+    stories = tell(30)
+    marked = f"\n{END}\n".join("\ufeff" * (i % 7 == 0) + story for i, story in enumerate(stories))
+    (tmp_path / "marked.txt").write_text(marked, encoding="utf-8")
+    assert tinystories.read(tmp_path / "marked.txt", 99) == stories
 
 
 @pytest.mark.parametrize("name, knobs, message", [

@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -78,6 +79,47 @@ def test_against_brute_force_on_few_letters(seed):
         enc = tokenizer.train(texts, vocab_size)
         assert spelt(enc) == brute_force(texts, vocab_size)
         assert enc.n_vocab <= vocab_size
+
+
+@pytest.mark.parametrize("letters", ["ab", "我们的一是不了"])
+def test_against_brute_force_on_long_words(letters):
+    """Languages without spaces: few words, of hundreds of letters, each letter several bytes."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(letters, k=rng.randint(100, 400))) for _ in range(4)]
+    assert spelt(tokenizer.train(texts, 330)) == brute_force(texts, 330)
+
+
+def work(text, vocab_size=300):
+    """Lines of Python that training takes on a text: a time that no neighbour disturbs."""
+    count = 0
+
+    def line(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return line
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: line if frame.f_code is tokenizer.train.__code__ else None)
+    try:
+        tokenizer.train([text], vocab_size)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_long_word_costs_no_more_than_short_ones():
+    """Work grows as the text does, with and without spaces in it."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=8)) for _ in range(1500)]
+    short, half, whole = work(" ".join(words)), work("".join(words[:750])), work("".join(words))
+    assert whole < 1.5 * short and whole < 2.2 * half
+
+
+def test_only_so_many_words_teach(monkeypatch):
+    """The most frequent: what is rare in a text of too many words merges nothing."""
+    monkeypatch.setattr(tokenizer, "ENOUGH", 20)
+    learned = spelt(tokenizer.train(["xy " * 9 + "pqpqpqpq " * 2 + "lmlmlmlmlmlmlmlm" * 3], 300))
+    assert b"xy" in learned and b"pq" in learned and not [t for t in learned[256:] if b"ml" in t]
 
 
 def test_end_is_the_last_id_and_never_part_of_text(lessons):

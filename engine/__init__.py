@@ -1,0 +1,1 @@
+"""What runs every script. Nothing in this folder knows of tasks, models or techniques."""
