@@ -52,21 +52,24 @@ def train(texts, vocab_size, name="task", progress=None):
 
     pairs, where = Counter(), defaultdict(list)      # pair -> count; where it begins, or once began
     for i, pair in enumerate(zip(symbol, symbol[1:])):
-        if STOP not in pair:
-            pairs[pair] += weight[i]
-            where[pair].append(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]         # stale entries are skipped when popped
+        where[pair].append(i)
+    for pair in list(where):
+        if STOP in pair:
+            del where[pair]
+        else:
+            pairs[pair] = sum(weight[i] for i in where[pair])
+    heap = [(-n, pair) for pair, n in pairs.items()]      # counts may have fallen since: see below
     heapq.heapify(heap)
 
     spell = [bytes([b]) for b in range(256)]                  # rank -> token
     ids = {token: rank for rank, token in enumerate(spell)}
     bar = progress(total=vocab_size - 257) if progress else None
-    while len(ids) < vocab_size - 1:
-        while heap and pairs[heap[0][1]] != -heap[0][0]:
-            heapq.heappop(heap)
-        if not heap:
-            break
-        a, b = heapq.heappop(heap)[1]
+    while heap and len(ids) < vocab_size - 1:
+        n, (a, b) = heapq.heappop(heap)
+        if pairs[a, b] != -n:
+            if pairs[a, b]:
+                heapq.heappush(heap, (-pairs[a, b], (a, b)))
+            continue
         spelt = spell[a] + spell[b]
         new = ids.get(spelt)          # two pairs can spell one token: "ab"+"c" and "a"+"bc"
         if new is None:
@@ -74,28 +77,25 @@ def train(texts, vocab_size, name="task", progress=None):
             spell.append(spelt)
             if bar:
                 bar.update()
-        changed = set()
+        left, right = defaultdict(list), defaultdict(list)    # neighbour -> where its new pair begins
         for i in sorted(where.pop((a, b))):                   # from left to right: "aaa" is aa, a
-            j, n = after[i], weight[i]
+            j = after[i]
             if symbol[i] != a or symbol[j] != b:              # it went into a merge since
                 continue
             h, k = before[i], after[j]
             symbol[i], symbol[j], after[i], before[k] = new, GONE, k, i
-            x, y = symbol[h], symbol[k]
-            pairs[a, b] -= n
-            if x != STOP:
-                pairs[x, a] -= n
-                pairs[x, new] += n
-                where[x, new].append(h)
-                changed |= {(x, a), (x, new)}
-            if y != STOP:
-                pairs[b, y] -= n
-                pairs[new, y] += n
-                where[new, y].append(i)
-                changed |= {(b, y), (new, y)}
-        for pair in changed:
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
+            left[symbol[h]].append(h)
+            right[symbol[k]].append(i)
+        changes = [((x, a), (x, new), at) for x, at in left.items() if x != STOP]
+        changes += [((b, y), (new, y), at) for y, at in right.items() if y != STOP]
+        for was, now, at in changes:
+            n = sum(weight[i] for i in at)
+            pairs[was] -= n
+            pairs[now] += n
+            where[now] += at
+        del pairs[a, b]
+        for now in {now for _, now, _ in changes if pairs[now]}:
+            heapq.heappush(heap, (-pairs[now], now))
     if bar:
         bar.close()
     return encoding(spell, name)

@@ -9,8 +9,10 @@ seconds of two runs. Rows go to OUT/bench.json.
 import dataclasses
 import functools
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +44,7 @@ SIZES = {   # name: model, rows in a batch
 WANTED = {  # device: row: the least ratio, or share of the peak, to reach
     "cpu": {"step 0.8M": 2, "step 7M": 3, "peak 7M": 0.5, "generate 8": 15, "batch": 10,
             "score": 20, "routed era": 0.8, "routed sgtm": 0.8, "rollouts sycophancy": 10,
-            "rollouts metric": 10},
+            "rollouts metric": 10, "words": 0.1, "waiting, quiet": 0.95, "waiting, busy": 1.5},
     "cuda": {"step 7M": 4, "peak 124M": 0.45}}
 
 
@@ -50,7 +52,7 @@ WANTED = {  # device: row: the least ratio, or share of the peak, to reach
 class Config(train.Common):
     only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "pcfg",
                                                    "score", "attack", "routed", "rollouts",
-                                                   "linear"])
+                                                   "linear", "words", "waiting"])
     turns: int = knob(3, "how often each way has its turn", 1)
 
 
@@ -315,11 +317,68 @@ def bench_linear(cfg, rows, steps=240):
                  "ours": steps / 4 / (at[4] - at[3])})
 
 
+def bench_words(cfg, rows):
+    """Tokenizers trained on a megabyte of words, with spaces between them (plain) and without."""
+    rng = random.Random(0)
+    syllables = ["".join(rng.choices("абвгдежзийклмн", k=3)) for _ in range(400)]
+    known = ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3)))) for _ in range(8000)]
+    told = [rng.choices(known, weights=[1 / (i + 1) for i in range(8000)], k=100)
+            for _ in range(1000)]
+    texts = {"plain": [" ".join(words) for words in told], "ours": ["".join(w) for w in told]}
+    size = {name: sum(len(text.encode()) for text in some) / 1e3 for name, some in texts.items()}
+    took = in_turns(cfg, **{name: functools.partial(tokenizer.train, some, 2048)
+                            for name, some in texts.items()})
+    rows.append({"row": "words", "unit": "KB/s", **{k: size[k] / s for k, s in took.items()}})
+
+
+WORKER = """
+import sys; sys.path.insert(0, {root!r})
+import torch, train                  # torch first, so that it is as the environment says
+from model import GPT, GPTConfig
+torch.set_num_threads(2)
+model = GPT(GPTConfig(512, 56, 4, 4, 128)).to("cpu")
+x = torch.randint(512, (32, 56))
+cfg = train.Config(device="cpu", compile=False)
+for line in sys.stdin:
+    train.fit(model, lambda model, step: model(x, x), cfg, 12, 1e-3, 0.02)
+    print("done", flush=True)
+"""
+
+
+def bench_waiting(cfg, rows):
+    """Steps/s of two threads that sleep while they wait (ours; see engine/start.py) against two as
+    OpenMP has them by default; alone, and beside two processes that want both cores."""
+    def worker(policy):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | policy
+        return subprocess.Popen([sys.executable, "-c", WORKER.format(root=sys.path[0])], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, env=env)
+
+    def steps(process):
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stdout.readline()
+
+    workers = {"plain": worker({}), "ours": worker({"OMP_WAIT_POLICY": "PASSIVE"})}
+    neighbours = []
+    for when in ("quiet", "busy"):
+        took = in_turns(cfg, **{name: functools.partial(steps, process)
+                                for name, process in workers.items()})
+        rows.append({"row": f"waiting, {when}", "unit": "steps/s",
+                     **{k: 12 / s for k, s in took.items()}})
+        if when == "quiet":
+            neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                          for _ in range(2)]
+    for process in (*neighbours, *workers.values()):
+        process.kill()
+
+
 def main(cfg):
     rows, device = [], train.hardware(cfg)[0].type
     parts = {"step": bench_step, "generate": bench_generate, "batch": bench_batch,
              "pcfg": bench_pcfg, "score": bench_score, "attack": bench_attack,
-             "routed": bench_routed, "rollouts": bench_rollouts, "linear": bench_linear}
+             "routed": bench_routed, "rollouts": bench_rollouts, "linear": bench_linear,
+             "words": bench_words, "waiting": bench_waiting}
     for name, part in tqdm(parts.items(), desc="bench", leave=False):
         if cfg.only in ("all", name):
             part(cfg, rows)
