@@ -1,7 +1,9 @@
 """Imported first by every script: what must be so before torch is loaded, which takes seconds.
 
-Threads: two that spin while they wait for work are slower by half and more where something else
-wants their core; tests/bench.py --only=waiting measures it, on a quiet machine and on a busy one.
+Threads: between two matrix products OpenMP's threads spin for milliseconds before they sleep. Where
+a neighbour wants a core, that takes a third of the speed of a small model or more; to sleep at once
+(OMP_WAIT_POLICY=PASSIVE) takes as much on a quiet machine. A short spin is as good as the best of
+the two in both: tests/bench.py --only=waiting.
 Signals: until run() takes over, Ctrl-C ends a script in one line; there is nothing to lose yet.
 """
 import os
@@ -9,7 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")             # the user's own value stands
+if "OMP_WAIT_POLICY" not in os.environ:                          # the user's own choice stands
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def nothing_is_lost(number, frame):

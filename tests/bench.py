@@ -44,7 +44,7 @@ SIZES = {   # name: model, rows in a batch
 WANTED = {  # device: row: the least ratio, or share of the peak, to reach
     "cpu": {"step 0.8M": 2, "step 7M": 3, "peak 7M": 0.5, "generate 8": 15, "batch": 10,
             "score": 20, "routed era": 0.8, "routed sgtm": 0.8, "rollouts sycophancy": 10,
-            "rollouts metric": 10, "words": 0.1, "waiting, quiet": 0.95, "waiting, busy": 1.5},
+            "rollouts metric": 10, "words": 0.1, "waiting, quiet": 0.95, "waiting, busy": 1.2},
     "cuda": {"step 7M": 4, "peak 124M": 0.45}}
 
 
@@ -346,10 +346,11 @@ for line in sys.stdin:
 
 
 def bench_waiting(cfg, rows):
-    """Steps/s of two threads that sleep while they wait (ours; see engine/start.py) against two as
-    OpenMP has them by default; alone, and beside two processes that want both cores."""
+    """Steps/s of two threads that spin a little while they wait (ours; see engine/start.py) against
+    two as OpenMP has them by default, and (rows `asleep`) two that sleep at once; alone, and beside
+    two processes that want both cores."""
     def worker(policy):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | policy
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | policy
         return subprocess.Popen([sys.executable, "-c", WORKER.format(root=sys.path[0])], text=True,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.DEVNULL, env=env)
@@ -359,13 +360,15 @@ def bench_waiting(cfg, rows):
         process.stdin.flush()
         assert process.stdout.readline()
 
-    workers = {"plain": worker({}), "ours": worker({"OMP_WAIT_POLICY": "PASSIVE"})}
+    workers = {"plain": worker({}), "ours": worker({"GOMP_SPINCOUNT": "10000"}),
+               "asleep": worker({"OMP_WAIT_POLICY": "PASSIVE"})}
     neighbours = []
     for when in ("quiet", "busy"):
         took = in_turns(cfg, **{name: functools.partial(steps, process)
                                 for name, process in workers.items()})
-        rows.append({"row": f"waiting, {when}", "unit": "steps/s",
-                     **{k: 12 / s for k, s in took.items()}})
+        rows += [{"row": f"{row}, {when}", "unit": "steps/s", "plain": 12 / took[plain],
+                  "ours": 12 / took["ours"]} for row, plain in (("waiting", "plain"),
+                                                                ("asleep", "asleep"))]
         if when == "quiet":
             neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
                           for _ in range(2)]

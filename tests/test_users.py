@@ -134,7 +134,7 @@ def test_half_of_torchruns_environment(env, expected, monkeypatch, capsys):
 
 
 TORCH = """import os, signal, time
-print(os.environ["OMP_WAIT_POLICY"])
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 number = int(os.environ["SIGNAL"])
 if number:
     os.kill(os.getpid(), number)
@@ -165,10 +165,12 @@ def test_signals_before_it_began(script, before_torch):
             f"{script}.py: interrupted before it began; run the same command again\n")
 
 
-def test_threads_sleep_unless_the_user_says_otherwise(before_torch, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert {before_torch(script).stdout for script in ALL} == {"PASSIVE\n"}
-    assert before_torch("train", OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"
+def test_threads_spin_shortly_unless_the_user_says_otherwise(before_torch, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert {before_torch(script).stdout for script in ALL} == {"None 10000\n"}
+    assert before_torch("train", OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE None\n"
+    assert before_torch("train", GOMP_SPINCOUNT="7").stdout == "None 7\n"
 
 
 def test_importing_a_script_takes_no_signals():
