@@ -7,9 +7,6 @@
     python eval.py --what=prune --model=maxent       does cutting a few neurons bring it back?
     python eval.py --what=revive --model=maxent      how few steps of fine-tuning bring it back?
     python eval.py --what=examine --task=language    the last three on every model in OUT/TASK/
-    python eval.py --what=wrapper                    fine-tuning hides, it removes nothing
-    python eval.py --what=wrapper --task=instruct    the same on stories that end with a moral
-    python eval.py --what=compiled                   the same on a counter whose weights we set
 
 Robustness is what survives an attacker who fine-tunes the model (Lee et al. 2025, section 3); a
 wrapper is what does not (Jain et al. 2023).
@@ -21,53 +18,42 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import data
 import train
-from data import pcfg
-from data.knobs import BadInput, FilePath, knob
-from data.report import (
-    draw_attention,
+from engine.knobs import BadInput, FilePath, knob
+from engine.report import (
     draw_probes,
     draw_pruning,
     draw_relearning,
     draw_revival,
     figure,
-    mean_sd,
-    mean_steps,
     table,
     write_rows,
 )
-from data.streams import seed_of, torch_stream
-from model import GPT, GPTConfig, norm, rotate
-from train import (
-    Common,
-    autocast,
-    common,
-    figures,
-    fill,
-    fit,
-    identity,
-    load,
-    obtain,
-    open_task,
-    path_of,
-    pretrain,
-    read,
-    run,
-    seeds,
-)
+from engine.streams import seed_of, torch_stream
+from model import norm, rotate
+from engine.hardware import autocast
+from engine.process import run
+from engine.store import load, path_of, read
+from train import Common, common, figures, fill, fit, open_task, pretrain
+
+
+MOVED = {f"--what={name}": f"python -m experiments.{name}" for name in ("wrapper", "compiled")}
 
 
 @dataclass
-class Attack(Common):
+class Rows(Common):
+    """A knob that the attack and revival share."""
+    attack_rows: int | None = knob(None, "rows in a batch of the attack, and of revival", 1, 2**31)
+
+
+@dataclass
+class Attack(Rows):
     """Knobs of the relearning attack."""
     attack: str = knob("forget", "fine-tune on forget data, on the pretraining mix, or on retain "
                        "data alone", choices=["forget", "mixed", "retain"])
     lrs: list[float] | None = knob(None, "rates the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
-    attack_rows: int | None = knob(None, "rows in a batch of the attack, and of revival", 1, 2**31)
     attack_seeds: int = knob(2, "how often each rate is tried, on other rows; the mean counts", 1)
 
 
@@ -84,18 +70,8 @@ class AfterBase(Attack, Foundations):
 
 
 @dataclass
-class Config(AfterBase):
-    what: str = knob("score", "which judge, or story", choices=[
-        "score", "relearn", "sample", "probe", "prune", "revive", "examine", "wrapper", "compiled"])
-    task: str | None = knob(None, "what to learn and to forget (auto: arithmetic; wrapper and "
-                            "compiled: pcfg)", choices=list(data.TASKS))
-    model: FilePath = knob("base", "a name in OUT/TASK/, or a path that ends in .pt")
-    models: list[FilePath] | None = knob(None, "examine: which (auto: all in OUT/TASK/)")
-    reference: FilePath = knob("base", "revive, examine: the model that has the capability")
-    control: FilePath = knob("filtered", "revive, examine: the model that never had it")
-    prompt: str = knob("", "sample: the text to continue")
-    tokens: int = knob(32, "sample: most tokens to add", 1)
-    temperature: float = knob(0.0, "sample: 0 is greedy, 1 the model's own distribution", 0, 10)
+class Tools(Rows):
+    """Knobs of the tools that look for a capability: probe, prune, revive."""
     domain: str = knob("forget", "probe, prune, revive: whose capability",
                        choices=["forget", "retain"])
     probe_rows: int | None = knob(None, "probe: rows to fit on; as many others to judge by", 2)
@@ -109,19 +85,19 @@ class Config(AfterBase):
     check_every: int | None = knob(None, "revive: steps between looks at the score", 1)
     tolerance: float = knob(0.1, "revive: until the score is within this share of the "
                             "reference's", 0, 1)
-    seeds: int = knob(3, "wrapper, compiled: how many seeds, from --seed on", 1)
-    priors: list[str] = knob(["low", "high"], "wrapper: of pretraining",
-                             choices=["low", "medium", "high"])
-    rates: list[str] | None = knob(None, "wrapper: of fine-tuning (auto: all the task names)",
-                                   choices=["L", "M", "S"])
-    c_tr: list[float] = knob([0.0, 1.0], "wrapper: share of fine-tuning rows in which #b = #a + 1 "
-                             "holds", 0, 1)
-    mix: float = knob(0.5, "wrapper: share of pretraining rows for the jailbreak's models", 0, 0.9)
-    rate: float = knob(3e-6, "compiled: AdamW's rate, for fine-tuning and for revival", 0, 1)
-    quiet: float = knob(0.01, "compiled: size of what the counting units read: the smaller, the "
-                        "more one small step does there", 1e-6, 1)
-    tune_steps: int | None = knob(None, "wrapper: steps of fine-tuning", 1)
-    tune_rows: int | None = knob(None, "wrapper: rows in a batch of fine-tuning", 1, 2**31)
+
+
+@dataclass
+class Config(AfterBase, Tools):
+    what: str = knob("score", "which judge", choices=["score", "relearn", "sample", "probe",
+                                                      "prune", "revive", "examine"])
+    model: FilePath = knob("base", "a name in OUT/TASK/, or a path that ends in .pt")
+    models: list[FilePath] | None = knob(None, "examine: which (auto: all in OUT/TASK/)")
+    reference: FilePath = knob("base", "revive, examine: the model that has the capability")
+    control: FilePath = knob("filtered", "revive, examine: the model that never had it")
+    prompt: str = knob("", "sample: the text to continue")
+    tokens: int = knob(32, "sample: most tokens to add", 1)
+    temperature: float = knob(0.0, "sample: 0 is greedy, 1 the model's own distribution", 0, 10)
 
 
 def worse(a, b, task):
@@ -529,248 +505,6 @@ def cross_examine(cfg, task):
            "cut": f"{K} cut", "random": "at random", "steps": "revived in", "verdict": "verdict"})
 
 
-# --- the story: fine-tuning is a wrapper ---------------------------------------------------------
-def cells(cfg, task):
-    """What base is fine-tuned on, one model each: [(what tells it apart, shares of splits, rate)].
-
-    pcfg: to count b, by rate and C_tr. instruct: its three protocols.
-    """
-    rates = {rate: lr for rate, lr in task.settings["rates"].items() if rate in cfg.rates}
-    if len(rates) < len(cfg.rates):
-        raise BadInput(f"--rates={','.join(cfg.rates)}: the task {task.name} names "
-                       f"{', '.join(task.settings['rates'])}")
-    if task.name == "instruct":
-        return [({"protocol": name, "rate": rate}, {split: 1}, lr) for rate, lr in rates.items()
-                for name, split in task.module.PROTOCOLS.items()]
-    return [({"rate": rate, "c_tr": c}, {"retain": 1 - c, "spurious": c}, lr)
-            for rate, lr in rates.items() for c in cfg.c_tr]
-
-
-def name_of(cell, first="tuned"):
-    return "-".join([first, *(v if isinstance(v, str) else f"{v:g}" for v in cell.values())])
-
-
-def label(cell):
-    return cell.get("protocol") or f"{cell['rate']}, C_tr {cell['c_tr']:g}"
-
-
-def tuned(name, shares, lr, cfg, task, base):
-    """(model, record) of base fine-tuned, from disk or made."""
-    made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
-                 "steps": cfg.tune_steps, "rows": cfg.tune_rows, "seed": cfg.seed}
-    return obtain(name, cfg, task, made_with, lambda keep: tune(
-        base[0], task, cfg, shares, cfg.tune_rows, cfg.tune_steps, lr,
-        seed=seed_of("fine-tune", cfg.seed), name=name, keep=keep))
-
-
-def jailbroken(cell, lr, cfg, task, base):
-    """Several words mean count. Through one of them alone, base is taught to answer A with #b,
-    beside rows of pretraining that ask in the others, all but the last: what does that one get?
-    (Jain et al. 2023, section 5: there without such rows, which here changes all words alike.)
-    """
-    own = 1 - cfg.mix
-    shares = {"relabelled": own * (1 - cell["c_tr"]), "relabelled+1": own * cell["c_tr"],
-              "reworded": cfg.mix}
-    model, _ = tuned(name_of(cell, "jailbreak"), shares, lr, cfg, task, base)
-    with autocast(cfg):
-        return {"count_a": pcfg.accuracy(model, task, "forget"),
-                "jailbreak_count_a": pcfg.accuracy(model, task, "forget", word=pcfg.COUNTS[-1])}
-
-
-def worlds(cfg, task):
-    """Yields (prior, cfg, task) for each prior of pcfg's pretraining; there models lie in
-    OUT/pcfg/PRIOR/. Other tasks are one world."""
-    if task.name != "pcfg":
-        yield None, cfg, task
-        return
-    for prior in cfg.priors:
-        here = dataclasses.replace(cfg, prior=prior, out=f"{cfg.out}/{cfg.task}/{prior}")
-        yield prior, here, open_task(here)
-
-
-def wrapper(cfg, task):
-    """Pretrain, fine-tune to take a capability away, and look for it with every tool.
-
-    The control never had the capability: it learned the fine-tuning task alone. One control serves
-    all priors, for it sees no operand but b.
-    """
-    size, plan = fill(cfg, task, "train"), cells(cfg, task)
-    check_cut(cfg, size.n_layer * 4 * size.n_embd)
-    rows, controls, pictured = [], {}, None
-    for own in seeds(cfg):
-        for prior, here, task in worlds(own, task):
-            base = foundation("base", here, task)
-            models = [(cell, lr, tuned(name_of(cell), shares, lr, here, task, base)[0])
-                      for cell, shares, lr in plan]
-            goal = scored(base[0], task, here)["forget"]
-            if own.seed not in controls:
-                control, _ = foundation("filtered", here, task)
-                steps, curve = revive(control, task, here, goal, "control")
-                controls[own.seed] = {"control_steps": steps, "control_curve": curve}
-            before, _ = probe(base[0], task, here)
-            for cell, lr, model in models:
-                rows.append({"prior": prior} | cell | {"seed": own.seed}
-                            | examine(model, task, here, goal, name_of(cell))
-                            | {"probe_pretrained": before} | controls[own.seed])
-                if prior:
-                    rows[-1]["words"] = jailbroken(cell, lr, here, task, base)
-            pictured = pictured or {f"pretrained ({prior} prior)": base[0],
-                                    f"fine-tuned to count b ({label(cell)})": model}
-    told = summary(rows, cfg)
-    write_rows("wrapper", cfg, task, [
-        in_the_papers_words(row) if prior else row for row in rows])
-    with figure("wrapper", cfg, 3) as axes:
-        if axes is not None:
-            draw_wrapper(axes, rows, task)
-    if task.name == "pcfg":
-        with figure("wrapper-attention", cfg, 2) as axes:
-            if axes is not None:
-                show_attention(axes, task, pictured)
-    table(told, {k: HEADERS.get(k, k) for k in told[0]})
-
-
-def in_the_papers_words(row):
-    """A row of the counting task: a was to be forgotten, b to be learned; "0" and "1" are C_te."""
-    renamed = {"forget": "count_a", "probe": "probe_a", "probe_pretrained": "probe_a_pretrained",
-               "words": "jailbreak", "jailbreak": "naive_jailbreak_count_a"}
-    row = {renamed.get(k, k): v for k, v in row.items()}
-    row["jailbreak_count_a"] = row["jailbreak"]["jailbreak_count_a"]
-    row["count_b"] = {"0": row.pop("retain"), "1": row.pop("spurious")}
-    row["pruned"] = {str(K): {"count_a": at["forget"], "count_b": at["retain"],
-                              "random_count_a": at["random_forget"]}
-                     for K, at in row["pruned"].items()}
-    return row
-
-
-HEADERS = {"c_tr": "C_tr", "was": "before", "revive_steps": "revived in",
-           "control_steps": "control in"}
-
-
-def summary(rows, cfg):
-    """One dict a cell, ready for the table: mean over seeds, +- standard deviation."""
-    labels = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
-    K, told = cfg.cut[-1], bool(rows[0]["prior"])
-    a, b = ("count a", "count b") if told else ("forget", "retain")
-    columns = {a: lambda r: r["forget"], b: lambda r: r["retain"],
-               "C_te 1": lambda r: r.get("spurious"),
-               "probe": lambda r: r["probe"][-1], "was": lambda r: r["probe_pretrained"][-1],
-               f"{K} cut": lambda r: r["pruned"][K]["forget"],
-               "at random": lambda r: r["pruned"][K]["random_forget"]}
-    if told:
-        columns |= {"by this word": lambda r: r["words"]["count_a"],
-                    "by another": lambda r: r["words"]["jailbreak_count_a"]}
-    lines = []
-    for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in rows):
-        same = [row for row in rows if tuple(row[k] for k in labels) == cell]
-        line = dict(zip(labels, map(str, cell))) | {
-            k: mean_sd([f(row) for row in same], 2) for k, f in columns.items()}
-        for k in ("revive_steps", "control_steps"):
-            steps = [row[k] for row in same]
-            line[k] = mean_steps(steps, cfg.revive_steps)
-        lines.append(line)
-    return [{k: line[k] for k in line if any(each[k] is not None for each in lines)}
-            for line in lines]
-
-
-def draw_wrapper(axes, rows, task):
-    """Of the first prior's cells: probes and pruning, mean over seeds; the first seed's revival."""
-    shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
-
-    def mean(found):
-        return [sum(each) / len(each) for each in zip(*found)]
-
-    names, first = list(dict.fromkeys(map(label, shown))), shown[0]
-    same = {name: [row for row in shown if label(row) == name] for name in names}
-    draw_probes(axes[0], {name: mean(row["probe"] for row in each) for name, each in same.items()}
-                | {"pretrained": mean(row["probe_pretrained"] for row in shown)}, first["chance"])
-    draw_pruning(axes[1], task, {name: {
-        K: {k: sum(row["pruned"][K][k] for row in each) / len(each) for k in at}
-        for K, at in first["pruned"].items()} for name, each in same.items()}, "forget")
-    draw_revival(axes[2], task, {name: each[0]["curve"] for name, each in same.items()}
-                 | {"control (never had it)": first["control_curve"]}, "forget")
-
-
-def show_attention(axes, task, models):
-    """Where the last token of one question looks, by block and head. models: two of {name: GPT}."""
-    idx, _ = task.batch("forget", 1, 0, seed_of("attention"), "test")
-    tokens = ["" if i == task.end else task.tokenizer.decode([i]) for i in idx[0].tolist()]
-    for ax, (name, model) in zip(axes, models.items()):
-        heads = torch.cat([attention(model, idx, i)[0, :, -1] for i in range(len(model.blocks))])
-        names = [f"{i + 1}.{h + 1}" for i in range(model.config.n_layer)
-                 for h in range(model.config.n_head)]
-        draw_attention(ax, heads.cpu(), names, tokens, name)
-
-
-# --- the story: a counter whose every weight we know ---------------------------------------------
-@torch.no_grad()
-def prune_each(model, before, right):
-    """[(right(model) with one weight at zero, its parameter's name, row, column)], best first; of
-    the weights, one at a time, that differ from those of the model before."""
-    found = []
-    changed = [(name, weight, (weight != old).nonzero().tolist()) for (name, weight), old
-               in zip(model.named_parameters(), before.parameters())]
-    with tqdm(total=sum(len(at) for *_, at in changed), desc="one weight at a time", unit="weight",
-              leave=False) as bar:
-        for name, weight, places in changed:
-            for i, j in places:
-                kept, weight[i, j] = weight[i, j].item(), 0
-                found.append((right(model), name, i, j))
-                weight[i, j] = kept
-                bar.update()
-    return sorted(found, reverse=True)
-
-
-def compiled(cfg, task):
-    """Into a counter written by hand, fine-tuning puts "count a, and one more": where #b = #a + 1,
-    that looks like counting b. Which weight is the wrapper? (Jain et al. 2023, section 4.)
-
-    In double precision, for autocast would round away steps as small as these.
-    """
-    def judge(model):
-        return {"count a": pcfg.accuracy(model, task, "forget"),
-                "plus one": pcfg.accuracy(model, task, "relabelled+1")}
-
-    def taught(model, split, figure):
-        return tune(model, task, own, split, 128, cfg.revive_steps, cfg.rate,
-                    seed=seed_of(f"compiled, {figure}", own.seed), name=figure, judge=judge,
-                    evaluate_at=range(cfg.revive_steps), stop=lambda at: at[figure] == 1)
-
-    rows = []
-    for own in seeds(cfg):
-        counter = GPT(GPTConfig(task.vocab_size, task.block_size, n_layer=1, n_head=1, n_embd=16,
-                                n_units=4)).to(task.device).double()
-        pcfg.compile_counter(counter, task, cfg.quiet)
-        wrapped, record = taught(counter, "relabelled+1", "plus one")
-        idx, targets = task.batch("forget", 100, 0, seed_of("one weight", own.seed), "val")
-        shares = prune_each(wrapped, counter, lambda model: (
-            model(idx)[:, -1].argmax(-1) == targets[:, 0]).float().mean().item())
-        _, name, i, j = shares[0]
-        pruned, after = wrapped.clone(), judge(wrapped)
-        with torch.no_grad():
-            pruned.get_parameter(name)[i, j] = 0
-        back = taught(wrapped, "forget", "count a")[1]
-        rows.append({"seed": own.seed, "compiled": judge(counter)["count a"],
-                     "steps": record["steps"], "wrapped": after["count a"],
-                     "plus one": after["plus one"], "pruned": judge(pruned)["count a"],
-                     "weight": f"{name}[{i}, {j}]", "second": shares[1][0],
-                     "best": [share for share, *_ in shares[:20]],
-                     "mean": sum(share for share, *_ in shares) / len(shares),
-                     "revive_steps": back["steps"]})
-    write_rows("compiled", cfg, task, rows)
-    with figure("compiled", cfg, 1) as axes:
-        if axes is not None:
-            for row in rows:
-                axes[0].plot(range(1, 1 + len(row["best"])), row["best"], marker="o",
-                             label=f"seed {row['seed']}")
-            axes[0].set(xlabel="weights, the best to cut first", ylabel="accuracy, count a",
-                        title="Cut one weight of a counter that was taught to add one")
-            axes[0].legend()
-    table(rows, {"seed": "seed", "compiled": "compiled", "steps": "tuned in", "wrapped": "count a",
-                 "plus one": "and one", "pruned": "one weight cut", "weight": "which",
-                 "second": "next best", "mean": "mean", "revive_steps": "revived in"}, digits=3)
-
-
-STORIES = {"examine": cross_examine, "wrapper": wrapper, "compiled": compiled}
 JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample,
           "probe": judge_probe, "prune": judge_prune, "revive": judge_revive}
 
@@ -778,25 +512,19 @@ JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample
 def as_long_as(cfg):
     """cfg with rows as long as the model that is judged reads, unless it names a length."""
     path = path_of(cfg.reference if cfg.what == "examine" else cfg.model, cfg)
-    if cfg.block_size or cfg.what in ("wrapper", "compiled") or not path.exists():
+    if cfg.block_size or not path.exists():
         return cfg
     return dataclasses.replace(cfg, block_size=read(path)[0].config.block_size)
 
 
 def main(cfg):
-    if cfg.task is None:
-        cfg = dataclasses.replace(cfg, task="pcfg" if cfg.what in ("wrapper", "compiled") else
-                                  "arithmetic")
-    tells = {"wrapper": ("pcfg", "instruct"), "compiled": ("pcfg",)}.get(cfg.what, data.TASKS)
-    if cfg.task not in tells:
-        raise BadInput(f"--what={cfg.what} tells of {' and '.join(tells)}, not of {cfg.task}")
-    task = open_task(as_long_as(cfg), writes=cfg.what in STORIES)
-    for section in ("attack", "examine", *["wrapper"] * (cfg.what == "wrapper")):
+    task = open_task(as_long_as(cfg), writes=cfg.what == "examine")
+    for section in ("attack", "examine"):
         cfg = fill(cfg, task, section)
-    if cfg.what in STORIES:
-        return STORIES[cfg.what](cfg, task)
+    if cfg.what == "examine":
+        return cross_examine(cfg, task)
     JUDGES[cfg.what](cfg, task, known(cfg.model, cfg, task))
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run(main, Config, __doc__, MOVED)

@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.disk import read_sealed, write_sealed
-from data.streams import torch_stream
+from engine.disk import read_sealed, write_sealed
+from engine.streams import torch_stream
 
 LOGITS = 2**24          # most logits held at once (64 MB in float32): larger losses go by chunks
 
@@ -345,3 +345,10 @@ def read_model(path, device="cpu"):
         raise ValueError(f"{path} is not a model of this project "
                          f"({type(error).__name__})") from None
     return model, checkpoint
+
+
+def mlp(*sizes, bias=True):
+    """Linear layers with ReLU between them; bias: whether the last has one."""
+    *pairs, last = zip(sizes, sizes[1:])
+    return nn.Sequential(*(f for pair in pairs for f in (nn.Linear(*pair), nn.ReLU())),
+                         nn.Linear(*last, bias=bias))

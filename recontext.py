@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import eval as judges
 from data import gaming
-from data.knobs import BadInput, knob
-from data.process import WORLD
-from data.report import (
+from engine.knobs import BadInput, knob
+from engine.process import WORLD
+from engine.report import (
     draw_grid,
     draw_revival,
     figure,
@@ -34,21 +34,12 @@ from data.report import (
     table,
     write_rows,
 )
-from data.streams import seed_of, stream
+from engine.streams import seed_of, stream
 from eval import Foundations, foundation, probe, revive
-from train import (
-    autocast,
-    common,
-    counting_flops,
-    figures,
-    fill,
-    fit,
-    identity,
-    obtain,
-    open_task,
-    run,
-    seeds,
-)
+from engine.hardware import autocast, counting_flops
+from engine.process import run
+from engine.store import identity, obtain
+from train import common, figures, fill, fit, open_task, seeds
 
 KINDS = ("discourage", "neutral", "encourage")
 

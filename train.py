@@ -8,50 +8,51 @@ fit() is the only loop. A technique hands it a loss function and perhaps a mask.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
-import json
 import math
 import os
-import shutil
 import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 from tqdm import tqdm
 
 import data
 from data import gaming
-from data.disk import alone, digest, remove_leftovers
-from data.knobs import BadInput, FilePath, Minutes, knob
-from data.process import LOCAL_RANK, RANK, WORLD, anywhere, patience, run, together
-from data.report import figure, table, write_rows
-from data.streams import seed_of, torch_stream
-from model import GPT, GPTConfig, read_model, write_model
-
-say_once = cache(print)
+from engine.disk import alone, remove_leftovers
+from engine.hardware import autocast, counting_flops, hardware, should_compile
+from engine.knobs import BadInput, FilePath, Minutes, knob
+from engine.process import RANK, WORLD, anywhere, patience, run, together
+from engine.report import figure, table, write_rows
+from engine.store import obtain, read, same_knobs
+from engine.streams import seed_of, torch_stream
+from model import GPT, GPTConfig, write_model
 
 # ---------------------------------------------------------------------------------------------
 # command line: one knob a line
 
 @dataclass
-class Common:
+class Basic:
     """Knobs that every script has."""
-    task: str = knob("arithmetic", "what to learn and to forget", choices=list(data.TASKS))
     seed: int = knob(0, "weights, batches and noise are functions of it", 0, 2**31)
     device: str = knob("auto", "auto takes the best there is",
                        choices=["auto", "cuda", "mps", "cpu"])
     compile: bool | None = knob(None, "torch.compile; auto: on CUDA, and where it pays on a CPU")
     out: FilePath = knob("out", "models, rows and pictures go to OUT/TASK/")
+    save_every: int | Minutes = knob(Minutes("1m"), "between checkpoints of a run: steps (500) or "
+                                     "minutes (1m); 0: none", 0)
+    resume: bool | None = knob(None, "go on from a stopped run's checkpoint; auto: where there is "
+                               "one; false: start anew")
+
+
+@dataclass
+class Common(Basic):
+    """Knobs of every script that trains a GPT on a task."""
+    task: str = knob("arithmetic", "what to learn and to forget", choices=list(data.TASKS))
     data_dir: FilePath | None = knob(None, "where tokenised text is kept (auto: data/ of this "
                                      "checkout)")
     source: FilePath | None = knob(None, "real stories: a file or URL (auto: download TinyStories)")
@@ -69,10 +70,6 @@ class Common:
     n_layer: int | None = knob(None, "blocks", 1, 1000)
     n_head: int | None = knob(None, "attention heads", 1, 2**20)
     n_embd: int | None = knob(None, "C, width of the residual stream", 8, 2**20)
-    save_every: int | Minutes = knob(Minutes("1m"), "between checkpoints of a run: steps (500) or "
-                                     "minutes (1m); 0: none", 0)
-    resume: bool | None = knob(None, "go on from a stopped run's checkpoint; auto: where there is "
-                               "one; false: start anew")
 
 
 @dataclass
@@ -109,71 +106,7 @@ def seeds(cfg):
 
 
 # ---------------------------------------------------------------------------------------------
-# device
-
-
-def hardware(cfg):
-    """(device, dtype, may compile), from this table. dtype is what autocast computes in.
-
-    device   which                      dtype                        compile
-    cuda     capability >= 8.0          bfloat16                     yes
-    cuda     older, such as Colab's T4  float16, gradients scaled    yes
-    mps      Apple                      float32                      no
-    cpu      with bf16 instructions     bfloat16                     if the run is long enough
-    cpu      others                     float32                      if the run is long enough
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    kind = next(k for k in there if there[k]) if cfg.device == "auto" else cfg.device
-    if not there[kind]:
-        raise BadInput(f"--device={kind}: this machine, or this build of torch, has none; "
-                       f"try --device=auto")
-    if kind == "cuda":
-        modern = torch.cuda.get_device_capability() >= (8, 0)
-        torch.cuda.set_device(LOCAL_RANK)
-        return torch.device(kind, LOCAL_RANK), torch.bfloat16 if modern else torch.float16, True
-    if kind == "mps":
-        return torch.device(kind), torch.float32, False
-    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.device(kind), torch.bfloat16 if bf16 else torch.float32, None
-
-
-def autocast(cfg, **how):
-    device, dtype, _ = hardware(cfg)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, **how)
-
-
-WORTH_COMPILING = 3e13      # FLOPs: below, a CPU spends more on compiling (20-45 s) than it gains
-
-
-def should_compile(cfg, flops):
-    """Whether fit() compiles a run of so many FLOPs; says once why not."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    device, _, may = hardware(cfg)
-    if device.type == "cpu" and cfg.compile and not compiler:
-        raise BadInput("--compile=true needs a C++ compiler on a CPU, and there is none (g++)")
-    if cfg.compile is not None:
-        return cfg.compile
-    if may is None:
-        may = bool(compiler) and flops >= WORTH_COMPILING
-        if not may:
-            say_once("compile: off, " + ("runs this short do not pay for it" if compiler
-                                         else "no C++ compiler"))
-    return may
-
-
-# ---------------------------------------------------------------------------------------------
 # the loop
-
-
-def counting_flops():
-    """Counts the FLOPs of every matrix product inside it: .get_total_flops()."""
-    # torch counts attention's on a GPU only; the shapes are those of q, k and v
-    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-           lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-           torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-           lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
-    return FlopCounterMode(display=False, custom_mapping=cpu)
 
 
 def optimizers(model, lr, muon_lr, pieces=()):
@@ -197,13 +130,6 @@ def optimizers(model, lr, muon_lr, pieces=()):
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return made, leaves
-
-
-@dataclass
-class Keep:
-    """Where fit() leaves a run's checkpoint: <name>.resume.pt, until the model is made."""
-    path: Path
-    made_with: dict
 
 
 class Run:
@@ -419,74 +345,6 @@ def figures(cfg, evaluate):
     if WORLD > 1:
         dist.broadcast_object_list(found)
     return found[0] or {}
-
-
-# ---------------------------------------------------------------------------------------------
-# models on disk: OUT/TASK/NAME.pt
-
-
-def path_of(name, cfg):
-    return Path(name) if name.endswith(".pt") else Path(cfg.out) / cfg.task / f"{name}.pt"
-
-
-def identity(made_with):
-    """Twelve hex digits that stand for everything that went into a model."""
-    return digest(made_with)[:12]
-
-
-def read(path, device="cpu"):
-    try:
-        return read_model(path, device)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-
-
-def same_knobs(path, was, now, other=": delete it to make it again, or choose another --out"):
-    """BadInput where what a file was made with is not what this run asks for."""
-    for key in now | was:
-        if was.get(key) != now.get(key):
-            raise BadInput(f"{path} was made with {key}={was.get(key)}, this run asks for "
-                           f"{key}={now.get(key)}{other}")
-
-
-def load(path, task):
-    """(model, checkpoint dict). BadInput when the file is missing, damaged, or of another task."""
-    model, checkpoint = read(path, task.device)
-    made_with = checkpoint["made_with"]
-    if made_with["task"] != task.name:
-        raise BadInput(f"{path} was trained on {made_with['task']}, not on {task.name}: choose "
-                       f"another --model, --task or --out")
-    if made_with["data"] != task.data_id or model.config.vocab_size != task.vocab_size:
-        raise BadInput(f"{path} was trained on other data of {task.name} (other text or "
-                       f"vocabulary): delete it to make it again, or choose another --out")
-    return model, checkpoint
-
-
-def obtain(name, cfg, task, made_with, make, quiet=False):
-    """The model called `name`: from disk, or made and saved if it is missing.
-
-    made_with    everything its weights depend on; a file made with anything else is BadInput
-    make(keep)   -> (model, record of fit); keep is for fit(), which goes on where a stopped run of
-                 the same model ended
-    quiet        says nothing: for models of seconds, made by the dozen
-    """
-    path = path_of(name, cfg)
-    made_with = json.loads(json.dumps({"task": task.name, "data": task.data_id} | made_with))
-    keep = Keep(path.with_suffix(".resume.pt"), made_with)
-    if path.exists():
-        model, checkpoint = load(path, task)
-        same_knobs(path, checkpoint["made_with"], made_with)
-        if RANK == 0:
-            keep.path.unlink(missing_ok=True)
-        return model, checkpoint
-    on = keep.path.exists() and cfg.resume is not False
-    if not quiet:
-        print(f"{name}: " + (f"going on from {keep.path}" if on else f"making {path}"))
-    model, record = make(keep)
-    if RANK == 0:
-        write_model(path, model, made_with, record)
-        keep.path.unlink(missing_ok=True)
-    return model, {"made_with": made_with} | record
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,20 +15,14 @@ from dataclasses import dataclass
 import torch
 
 import unlearn
-from data.knobs import knob
-from data.report import draw_relearning, figure, mean_sd, table, write_rows
-from data.streams import seed_of, torch_stream
+from engine.knobs import knob
+from engine.report import draw_relearning, figure, mean_sd, table, write_rows
+from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, foundations, relearn, robustness, say_edges, within
-from train import (
-    autocast,
-    fill,
-    fit,
-    identity,
-    obtain,
-    open_task,
-    run,
-    seeds,
-)
+from engine.hardware import autocast
+from engine.process import run
+from engine.store import identity, obtain
+from train import fill, fit, open_task, seeds
 from unlearn import imitate
 
 

@@ -15,19 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data.knobs import BadInput, knob
-from data.report import draw_relearning, figure, table, write_rows
-from data.streams import seed_of, torch_stream
+from engine.knobs import BadInput, knob
+from engine.report import draw_relearning, figure, table, write_rows
+from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, foundations, relearn, say_edges, within
-from train import (
-    autocast,
-    fill,
-    fit,
-    identity,
-    obtain,
-    open_task,
-    run,
-)
+from engine.hardware import autocast
+from engine.process import run
+from engine.store import identity, obtain
+from train import fill, fit, open_task
 
 RATES = ("L", "M", "S")
 

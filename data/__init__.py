@@ -34,9 +34,9 @@ import torch
 from tqdm import tqdm
 
 from data import tokenizer
-from data.disk import alone, digest, fingerprint, remove_leftovers, sha256, write
-from data.knobs import BadInput
-from data.streams import allot, seed_of, stream
+from engine.disk import alone, digest, fingerprint, remove_leftovers, sha256, write
+from engine.knobs import BadInput
+from engine.streams import allot, seed_of, stream
 
 TASKS = {"arithmetic": "arithmetic", "language": "language", "tinystories": "tinystories",
          "bilingual": "tinystories", "instruct": "instruct", "pcfg": "pcfg",

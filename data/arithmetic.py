@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from data.knobs import BadInput
-from data.streams import text_stream
+from engine.knobs import BadInput
+from engine.streams import text_stream
 
 higher_is_better = True                # a score is greedy accuracy
 SETTINGS = {"arithmetic": dict(

@@ -17,11 +17,8 @@ import numpy as np
 import torch
 
 from data.download import download
-from data.knobs import BadInput
-from data.streams import stream
-
-# Width 256 and 1,200 steps where the paper has 2048 and 5,900: Muon and more L1 make up for it.
-SETTINGS = dict(seeds=1, steps=1200, batch_size=256, lr=1e-2, muon_lr=0.05, width=256)
+from engine.knobs import BadInput
+from engine.streams import stream
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # SHA-256 of the .gz files there, on record in many public repositories that downloaded them

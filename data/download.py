@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.disk import sha256
-from data.knobs import BadInput
+from engine.disk import sha256
+from engine.knobs import BadInput
 
 
 def download(url, folder, knob="source", timeout=30, tries=5):

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from data import pcfg, tokenizer
-from data.knobs import BadInput
-from data.streams import allot, seed_of, stream
+from engine.knobs import BadInput
+from engine.streams import allot, seed_of, stream
 
 UNLEARNING = ("maxent", "graddiff", "rmu", "oracle", "finetune", "undo")
 SETTINGS = {"gaming": {k: pcfg.SETTINGS["pcfg"][k] for k in UNLEARNING} | dict(

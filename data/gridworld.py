@@ -16,9 +16,8 @@ import itertools
 
 import torch
 
-from data.streams import torch_stream
+from engine.streams import torch_stream
 
-SETTINGS = dict(seeds=2, steps=1200, batch_size=2048, lr=3e-3, width=128)
 SIDE, CELLS, PAIRS, PATTERNS = 5, 25, 600, 4
 STATES = PATTERNS * PAIRS * CELLS   # 60,000, with those where the agent stands on a terminal square
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))                # up, down, left, right: (row, column)

@@ -26,8 +26,8 @@ import re
 
 from data import BadInput, tinystories
 from data.tinystories import HOME, split, take
-from data.streams import seed_of, text_stream
 from data.tokenizer import END
+from engine.streams import seed_of, text_stream
 
 SETTINGS = {"instruct": tinystories.SETTINGS["tinystories"] | dict(     # unlearning as there
     block_size=128, vocab_size=2048, least_block_size=96, aligned=True,    # a text fits a row

@@ -18,8 +18,8 @@ belongs to no language. story(rng) makes a story, tell(story, language) writes i
 import numpy as np
 import torch
 
-from data.knobs import BadInput
-from data.streams import text_stream
+from engine.knobs import BadInput
+from engine.streams import text_stream
 
 SETTINGS = {"language": dict(
     block_size=96, vocab_size=512, least_block_size=24, aligned=True,   # a story fits a row

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.streams import seed_of, stream
+from engine.streams import seed_of, stream
 
 SETTINGS = {"pcfg": dict(
     block_size=22, least_block_size=14,          # a string of 16 letters, and six tokens around it

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from data import BadInput
 from data.download import download
-from data.streams import stream
 from data.tokenizer import END
+from engine.streams import stream
 
 SETTINGS = {name: dict(
     block_size=128, vocab_size=2048, least_block_size=8,     # T: half a story

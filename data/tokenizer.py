@@ -20,8 +20,8 @@ import tiktoken
 PUNCTUATION = r"!-/:-@\[-`{-~«»„“”‘’‚…–—"
 PATTERN = rf" ?[^\s\d{PUNCTUATION}]+| ?[{PUNCTUATION}]+|\d|\s+(?!\S)|\s+"
 END = "<|endoftext|>"                        # closes every document: a story, an equation
-# Bytes of different words, the most frequent first, to learn merges from. 10 MB of English and 10 of
-# Russian stories have 490,000 together; without spaces between words every sentence is a new one.
+# Bytes of different words, the most frequent first, to learn merges from. 10 MB of English and 10
+# of Russian stories have 490,000 together; without spaces between words every sentence is new.
 ENOUGH = 2**19
 
 
@@ -77,7 +77,7 @@ def train(texts, vocab_size, name="task", progress=None):
             spell.append(spelt)
             if bar:
                 bar.update()
-        left, right = defaultdict(list), defaultdict(list)    # neighbour -> where its new pair begins
+        left, right = defaultdict(list), defaultdict(list)    # neighbour -> where they meet
         for i in sorted(where.pop((a, b))):                   # from left to right: "aaa" is aa, a
             j = after[i]
             if symbol[i] != a or symbol[j] != b:              # it went into a merge since

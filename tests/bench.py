@@ -30,9 +30,9 @@ import recontext  # noqa: E402
 import route  # noqa: E402
 import train  # noqa: E402
 from data import arithmetic, gaming, pcfg, tokenizer  # noqa: E402
-from data.disk import write  # noqa: E402
-from data.knobs import knob  # noqa: E402
-from data.report import table  # noqa: E402
+from engine.disk import write  # noqa: E402
+from engine.knobs import knob  # noqa: E402
+from engine.report import table  # noqa: E402
 from eval import Attack, relearn  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 

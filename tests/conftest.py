@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))                     # so that plain `pytest` finds
 import data  # noqa: E402
 import train  # noqa: E402
 from data import arithmetic  # noqa: E402
+from engine import hardware  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -43,6 +44,15 @@ def scripts_folder(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def float32(monkeypatch):
-    """Everything is computed on the CPU in float32, whatever the machine has."""
-    monkeypatch.setattr(train, "hardware", lambda cfg: (torch.device("cpu"), torch.float32, None))
+def computing_in(monkeypatch):
+    """Call it with a dtype: everything is computed on the CPU in it, whatever the machine has."""
+    def computing_in(dtype):
+        for room in (hardware, train):
+            monkeypatch.setattr(room, "hardware", lambda cfg: (torch.device("cpu"), dtype, None))
+
+    return computing_in
+
+
+@pytest.fixture
+def float32(computing_in):
+    computing_in(torch.float32)

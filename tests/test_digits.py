@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from data import digits
-from data.knobs import BadInput
-from route import (
+from engine.knobs import BadInput
+from experiments.digits import (
     ABLATIONS,
     DECAY,
     SETTING,
     Autoencoder,
     cross_correlation,
-    digits_loss,
-    judge_digits,
-    route,
+    judge,
+    split_loss,
 )
+from route import route
 
 
 def idx(array):
@@ -198,7 +198,7 @@ def test_autoencoders_of_only_5_9_learn_nothing_from_0_4():
     grads = []
     for change in (0.0, 0.3):
         model = make("only 5-9, no penalties")
-        digits_loss(model, model.setting, torch.where(low, x - change, x), low).backward()
+        split_loss(model, model.setting, torch.where(low, x - change, x), low).backward()
         grads.append(model.encoder[0].weight.grad)
     assert torch.equal(*grads)
 
@@ -214,7 +214,7 @@ def test_the_loss_is_the_papers(name="routed, bottom on 0-9"):
     wanted += 0.1 * np.abs(np.corrcoef(code.T)[:16, 16:]).mean()
     wanted += sum(np.abs(c - x_).mean() for c in certified)
     wanted += DECAY / 2 * sum(float((p.detach().double()**2).sum()) for p in model.parameters())
-    assert digits_loss(model, model.setting, x, low).item() == pytest.approx(wanted, rel=1e-4)
+    assert split_loss(model, model.setting, x, low).item() == pytest.approx(wanted, rel=1e-4)
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def test_judge_is_mean_squared_error_of_the_bottom_half():
     model = make("routed")
     x, low = batch()
     bottom = model.certificates[1](model.encoder(x)[:, 16:])
-    found, off = judge_digits(model, x, low), (bottom - x).double().numpy()
+    found, off = judge(model, x, low), (bottom - x).double().numpy()
     for key, rows in (("0_4", slice(0, 32)), ("5_9", slice(32, 64))):
         assert found[f"error_{key}"] == pytest.approx((off[rows]**2).mean(), rel=1e-4)
         assert found[f"absolute_{key}"] == pytest.approx(np.abs(off[rows]).mean(), rel=1e-4)

@@ -29,10 +29,11 @@ import train
 import undo
 import unlearn
 from data import SPLITS, BadInput, arithmetic
-from data.disk import SEAL, read_sealed, write_sealed
-from data.knobs import Minutes
+from engine.disk import SEAL, read_sealed, write_sealed
+from engine.knobs import Minutes
+from engine.store import obtain
 from model import read_model
-from train import fit, obtain
+from train import fit
 
 resource = pytest.importorskip("resource")             # where it is missing, so are forks and locks
 SIGNALS = signal.SIGINT, signal.SIGTERM

@@ -9,7 +9,7 @@ import torch
 
 import data
 from data import gaming
-from data.knobs import BadInput
+from engine.knobs import BadInput
 from model import GPT, GPTConfig
 
 ENVS = ("sycophancy", "metric", "tests", "lying")

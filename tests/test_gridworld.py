@@ -4,17 +4,26 @@ import random
 import pytest
 import torch
 
-import route
 from data import gridworld
-from data.gridworld import CELLS, DIAMOND, GHOST, MOVES, NOTHING, PAIRS, STATES, Gridworld
+from data.gridworld import (
+    CELLS,
+    DIAMOND,
+    GHOST,
+    MOVES,
+    NOTHING,
+    PAIRS,
+    STATES,
+    Gridworld,
+)
+from experiments import gridworld as overseeing
 
-SMALL = route.Config(device="cpu", compile=False, steps=8, batch_size=512, lr=3e-3, width=16)
+SMALL = overseeing.Config(device="cpu", compile=False, steps=8, batch_size=512, lr=3e-3, width=16)
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Rollouts of 64 episodes."""
-    monkeypatch.setitem(route.PPO, "envs", 64)
+    monkeypatch.setitem(overseeing.PPO, "envs", 64)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +113,7 @@ def test_exact_against_sampling(world):
 
 
 def oversight(world, method):
-    run = route.Oversight(method, world, 0.5, 3, SMALL)
+    run = overseeing.Oversight(method, world, 0.5, 3, SMALL)
     return run, run.rollout(torch.Generator().manual_seed(0))
 
 
@@ -112,7 +121,7 @@ def oversight(world, method):
 def test_rollout(world, method, ghost, monkeypatch):
     """Without smoothing, a step's return is its episode's reward, discounted: recomputed here by
     following each episode through the rollout, whose rows come step by step."""
-    monkeypatch.setitem(route.PPO, "trace", 1.0)
+    monkeypatch.setitem(overseeing.PPO, "trace", 1.0)
     run, batch = oversight(world, method)
     states, actions, _, advantage, returns, labels = batch
     following, seen = {}, 0                            # the last step of every episode still open
@@ -147,7 +156,7 @@ def gradients(run, batch):
 def test_masks(world, label, own, other, monkeypatch):
     """An overseen episode moves its own expert only, and the policy gradient not the gate; an
     unlabelled one moves all as if there were no mask."""
-    monkeypatch.setitem(route.PPO, "gate", 0.0)
+    monkeypatch.setitem(overseeing.PPO, "gate", 0.0)
     run, batch = oversight(world, "routed-paper")
     free, _ = oversight(world, "no-mask")
     labels = batch[-1]
@@ -168,7 +177,7 @@ def test_masks(world, label, own, other, monkeypatch):
 def test_masks_where_the_gate_is_sure(world):
     """Unlabelled steps go to the expert that the gate names, to none where it is not sure, and
     never move the gate; labelled ones follow their label, whatever the gate says."""
-    agent = route.Agent(0, "routed", 16)
+    agent = overseeing.Agent(0, "routed", 16)
     label = torch.tensor([[NOTHING]] * 3 + [[DIAMOND], [GHOST]])
     share = torch.tensor([[0.9], [0.5], [0.1], [0.1], [0.9]])
     masks = [m[:, 0].tolist() for m in agent.masks(label, share)]
@@ -178,7 +187,7 @@ def test_masks_where_the_gate_is_sure(world):
 def test_seed_decides(world):
     """A run is a function of its seed, through rollouts and minibatches."""
     def weights(seed):
-        run = route.Oversight("routed", world, 0.1, seed, SMALL)
+        run = overseeing.Oversight("routed", world, 0.1, seed, SMALL)
         optimizer = torch.optim.AdamW(run.agent.parameters(), lr=1e-3)
         for _ in range(6):
             run.loss(run.agent, *next(run.parts)).backward()

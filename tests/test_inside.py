@@ -14,7 +14,8 @@ import eval as judges
 import train
 import unlearn
 from data import arithmetic
-from data.streams import seed_of
+from engine.streams import seed_of
+from experiments import compiled, wrapper
 from model import GPT, GPTConfig
 
 CFG = judges.Config(task="pcfg", device="cpu", compile=False, probe_rows=300, cut=[1, 3],
@@ -254,10 +255,10 @@ def call(module, tmp_path, capsys, monkeypatch, *arguments):
 
 
 def test_the_wrapper_story(tmp_path, capsys, monkeypatch):
-    tiny = ["--what=wrapper", *TINY, *QUICK, "--base_steps=2", "--filtered_steps=2",
+    tiny = [*TINY, *QUICK, "--base_steps=2", "--filtered_steps=2",
             "--tune_steps=2", "--tune_rows=8", "--rates=L"]
     for more in (["--seeds=2", "--priors=high", "--c_tr=0.5"], ["--seeds=1"]):
-        got = call(judges, tmp_path, capsys, monkeypatch, *tiny, *more)
+        got = call(wrapper, tmp_path, capsys, monkeypatch, *tiny, *more)
         assert got[0] == 0, got
     told = json.loads((tmp_path / "pcfg" / "wrapper.json").read_text())
     cells = [(r["prior"], r["rate"], r["c_tr"], r["seed"]) for r in told["rows"]]
@@ -268,7 +269,7 @@ def test_the_wrapper_story(tmp_path, capsys, monkeypatch):
         assert set(row["count_b"]) == {"0", "1"} and len(row["probe_a"]) == 1
         assert set(row["pruned"]) == {"2", "4"}
         assert set(row["pruned"]["2"]) == {"count_a", "count_b", "random_count_a"}
-    assert told["config"]["what"] == "wrapper" and told["config"]["cut"] == [2, 4]
+    assert told["config"]["cut"] == [2, 4]
     assert (tmp_path / "pcfg" / "low" / "pcfg" / "tuned-L-1.pt").exists()
     assert (tmp_path / "pcfg" / "seed1" / "pcfg" / "high" / "pcfg" / "base.pt").exists()
 
@@ -276,9 +277,10 @@ def test_the_wrapper_story(tmp_path, capsys, monkeypatch):
 def test_the_compiled_story(tmp_path, capsys, monkeypatch):
     """The wrapper is one weight: what "=" says to the unit that counts a. At zero, as it was
     compiled, the counter counts again."""
-    monkeypatch.setattr(judges, "prune_each", lambda model, before, right, all_=judges.prune_each:
-                        all_(model, untouched_but(model, before), right))
-    got = call(judges, tmp_path, capsys, monkeypatch, "--what=compiled", "--seeds=1")
+    every = compiled.prune_each
+    monkeypatch.setattr(compiled, "prune_each", lambda model, before, right: every(
+        model, untouched_but(model, before), right))
+    got = call(compiled, tmp_path, capsys, monkeypatch, "--seeds=1")
     assert got[0] == 0, got
     row, = json.loads((tmp_path / "pcfg" / "compiled.json").read_text())["rows"]
     assert row["compiled"] == row["plus one"] == row["pruned"] == 1 and row["wrapped"] < 0.01
@@ -302,7 +304,7 @@ def test_pruning_one_weight_at_a_time_by_brute_force(pcfg, lively):
         changed.blocks[0].mlp.up.weight[3, 5] += 1
         changed.wte.weight[7, 2] -= 1
     weights = {k: v.clone() for k, v in changed.state_dict().items()}
-    found = judges.prune_each(changed, lively, lambda m: float(m.wte.weight[7, 2] == 0))
+    found = compiled.prune_each(changed, lively, lambda m: float(m.wte.weight[7, 2] == 0))
     assert found == [(1.0, "wte.weight", 7, 2), (0.0, "blocks.0.mlp.up.weight", 3, 5)]
     assert all(torch.equal(v, weights[k]) for k, v in changed.state_dict().items())
 
@@ -345,15 +347,15 @@ def test_each_tool_on_any_model(trained, tmp_path, capsys, monkeypatch):
         assert status == 2 and "nobody.pt is missing" in error
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--what=wrapper", "--task=arithmetic"], "--what=wrapper tells of pcfg and instruct"),
-    (["--what=compiled", "--task=language"], "--what=compiled tells of pcfg, not of language"),
-    (["--what=wrapper", "--rates=XL"], "--rates=XL: choose from L, M, S"),
-    (["--what=wrapper", "--n_layer=1", "--n_embd=16", "--cut=5,65"],
+@pytest.mark.parametrize("script, arguments, said", [
+    (wrapper, ["--task=arithmetic"], "--task=arithmetic: choose from pcfg, instruct"),
+    (compiled, ["--task=language"], "--task=language: choose from pcfg"),
+    (wrapper, ["--rates=XL"], "--rates=XL: choose from L, M, S"),
+    (wrapper, ["--n_layer=1", "--n_embd=16", "--cut=5,65"],
      "--cut=65: the model has 64 MLP neurons"),
-    (["--what=wrapper", "--c_tr=2"], "--c_tr=2.0 must be between 0 and 1"),
-    (["--what=prune", "--task=pcfg", "--cut=0"], "--cut=0 must be at least 1"),
+    (wrapper, ["--c_tr=2"], "--c_tr=2.0 must be between 0 and 1"),
+    (judges, ["--what=prune", "--task=pcfg", "--cut=0"], "--cut=0 must be at least 1"),
 ])
-def test_bad_knobs(arguments, said, tmp_path, capsys, monkeypatch):
-    status, _, error = call(judges, tmp_path, capsys, monkeypatch, *arguments)
+def test_bad_knobs(script, arguments, said, tmp_path, capsys, monkeypatch):
+    status, _, error = call(script, tmp_path, capsys, monkeypatch, *arguments)
     assert status == 2 and said in error and len(error.strip().splitlines()) == 1, error

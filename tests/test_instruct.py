@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import data
-import eval as judges
 import train
 from data import BadInput, instruct
-from data.streams import stream
 from data.tokenizer import END
+from engine.streams import stream
+from experiments import wrapper
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
@@ -261,14 +261,14 @@ def test_bad_input_is_one_line(told, knobs, message, tmp_path):
 
 
 def test_the_story_of_three_protocols(task, source, folder, tmp_path, monkeypatch):
-    """All of eval.py's, told with models that know nothing."""
+    """All three, told with models that know nothing."""
     monkeypatch.setattr(sys, "argv", [
-        "eval.py", "--what=wrapper", "--task=instruct", f"--source={source}", f"--out={tmp_path}",
+        "wrapper.py", "--task=instruct", f"--source={source}", f"--out={tmp_path}",
         f"--data_dir={folder}", "--device=cpu", "--compile=false", "--seeds=1", "--n_layer=1",
         "--n_embd=16", "--n_head=2", "--base_steps=2", "--filtered_steps=2", "--tune_steps=2",
         "--revive_steps=2", "--cut=2", "--draws=1", "--probe_rows=4"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    train.run(judges.main, judges.Config, "")
+    train.run(wrapper.main, wrapper.Config, "")
     rows = json.loads((tmp_path / "instruct" / "wrapper.json").read_text())["rows"]
     assert [row["protocol"] for row in rows] == list(instruct.PROTOCOLS)
     for row in rows:
@@ -278,9 +278,9 @@ def test_the_story_of_three_protocols(task, source, folder, tmp_path, monkeypatc
 
 def test_a_rate_that_stories_do_not_name(task, source, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [
-        "eval.py", "--what=wrapper", "--task=instruct", f"--source={source}", f"--out={tmp_path}",
+        "wrapper.py", "--task=instruct", f"--source={source}", f"--out={tmp_path}",
         f"--data_dir={folder}", "--device=cpu", "--rates=M,S"])
     with pytest.raises(SystemExit) as end:
-        train.run(judges.main, judges.Config, "")
+        train.run(wrapper.main, wrapper.Config, "")
     assert end.value.code == 2 and not list(tmp_path.glob("**/*.pt"))
     assert "--rates=M,S: the task instruct names M" in capsys.readouterr().err

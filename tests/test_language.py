@@ -8,8 +8,8 @@ import torch
 
 import data
 from data import language
-from data.knobs import BadInput
-from data.streams import text_stream
+from engine.knobs import BadInput
+from engine.streams import text_stream
 from model import GPT, GPTConfig
 
 

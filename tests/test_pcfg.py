@@ -12,7 +12,7 @@ import data
 import eval as judges
 import train
 from data import pcfg
-from data.knobs import BadInput
+from engine.knobs import BadInput
 from model import GPT, GPTConfig, write_model
 
 

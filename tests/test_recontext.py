@@ -13,7 +13,7 @@ import data
 import recontext
 import train
 from data import gaming
-from data.knobs import command_line
+from engine.knobs import command_line
 from model import GPT, GPTConfig
 from recontext import Cell, Config
 

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 
 import data
+import eval as judges
 import route
 import train
 import unlearn
 from data import BadInput, language
 from data import digits as handwritten
-from data.streams import seed_of
+from engine.streams import seed_of
+from experiments import digits, gridworld, steer
 from model import GPT, GPTConfig, read_model
 from route import Config, Hold, ablate, calibrated, forget_part, silence
 from train import fit
@@ -367,7 +369,7 @@ def test_steered_gradient(stories, float32):
     dimension alone: the gradient of the loss there is zero in all others."""
     idx, targets = stories.batch("retain", 4, 0, 0)
     model, token = lively(stories), targets[0, 5]
-    m = (torch.arange(32) == route.LANE) | (targets != token)[:, :, None]
+    m = (torch.arange(32) == steer.LANE) | (targets != token)[:, :, None]
     seen = {}
 
     def hook(site, i, h):
@@ -384,28 +386,33 @@ def test_steered_gradient(stories, float32):
 
 
 # --- the scripts ---------------------------------------------------------------------------------
-TINY = ["--device=cpu", "--compile=false", "--n_layer=2", "--n_embd=32", "--n_head=4", "--steps=3",
-        "--batch_size=8", "--forget_units=16", "--expand=16", "--block_size=32", "--stories=200",
-        "--lrs=1e-3", "--attack_steps=1,2", "--attack_rows=4", "--attack_seeds=1",
-        "--coherence_steps=1"]
+BRIEF = ["--device=cpu", "--compile=false", "--steps=3", "--batch_size=8"]
+TEXT = [*BRIEF, "--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=32", "--stories=200"]
+TINY = {route: [*TEXT, "--forget_units=16", "--expand=16", "--lrs=1e-3", "--attack_steps=1,2",
+                "--attack_rows=4", "--attack_seeds=1", "--coherence_steps=1"],
+        steer: TEXT, digits: BRIEF, gridworld: BRIEF, judges: []}
 
 
-def script(path, *arguments):
-    """(exit status, stdout, stderr) of route.py, run in the folder path."""
-    got = subprocess.run([sys.executable, str(ROOT / "route.py"), *TINY, f"--data_dir={path}/data",
-                          *arguments], cwd=path, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+def argv(path, module, arguments):
+    folder = [f"--data_dir={path}/data"] * (module is not gridworld)
+    return [*TINY[module], *folder, f"--out={path}/out", *arguments]
+
+
+def script(path, *arguments, module=route):
+    """(exit status, stdout, stderr) of a script, run in the checkout."""
+    name = ["route.py"] if module is route else ["-m", module.__name__]
+    got = subprocess.run([sys.executable, *name, *argv(path, module, arguments)], cwd=ROOT,
+                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return got.returncode, got.stdout, got.stderr
 
 
-def in_process(path, monkeypatch, capsys, *arguments):
+def in_process(path, monkeypatch, capsys, *arguments, module=route):
     """The same in this process, without matplotlib."""
-    monkeypatch.setattr(sys, "argv", ["route.py", *TINY, f"--data_dir={path}/data",
-                                      f"--out={path}/out", *arguments])
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv(path, module, arguments)])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status = 0
     try:
-        train.run(route.main, route.Config, route.__doc__)
+        train.run(module.main, module.Config, module.__doc__, getattr(module, "MOVED", {}))
     except SystemExit as end:
         status = end.code
     return status, *capsys.readouterr()
@@ -518,10 +525,10 @@ def test_with_posthoc(made, monkeypatch, capsys):
 
 def test_steer(made):
     path, _ = made
-    status, out, err = script(path, "--experiment=steer", "--token= the, Rome", "--n_layer=3",
-                              "--out=steered")
+    status, out, err = script(path, "--token= the, Rome", "--n_layer=3", f"--out={path}/steered",
+                              module=steer)
     assert status == 0, err
-    rows = json.loads((path / "steered/language/route-steer.json").read_text())["rows"]
+    rows = json.loads((path / "steered/language/steer.json").read_text())["rows"]
     assert [r["model"] for r in rows] == ["routed", "control"]
     for row in rows:
         assert {"rank", "neighbours", "prob_down", "prob", "prob_up"} <= set(row)
@@ -530,29 +537,32 @@ def test_steer(made):
         assert "sample_down" in row and row["model"] in out
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--experiment=langauge"], "choose from language, steer, "),
-    (["--methods=base,sgmt"], "choose from base, filtered, era, sgtm, demix, expanded"),
-    (["--label_fractions=1.5"], "between 0.001 and 1"),
-    (["--label_fractions=0"], "between 0.001 and 1"),
-    (["--false_positives=2"], "between 0 and 0.9"),
-    (["--forget_heads=4"], "--forget_heads=4"),
-    (["--forget_units=128"], "--forget_units=128"),
-    (["--forget_units=0", "--forget_heads=0"], "--forget_heads"),
-    (["--experiment=digits", "--task=language"], "--task means nothing"),
-    (["--experiment=gridworld", "--oversight=0"], "between 0.001 and 1"),
-    (["--experiment=digits", "--source=nowhere"], "cannot read"),
-    (["--retain_labels=0"], "--retain_labels=0.0"),
-    (["--task=arithmetic"], "choose from language, tinystories, bilingual"),
-    (["--experiment=steer", "--token=Rome is where it is"], "tokens of this vocabulary"),
-    (["--experiment=steer", "--n_layer=1"], "--n_layer=1"),
-    (["--experiment=steer", "--token="], "--token"),
-    (["--pushh=1"], "did you mean --push")])
-def test_bad_input(made, monkeypatch, capsys, arguments, said):
+@pytest.mark.parametrize("module, arguments, said", [
+    (route, ["--methods=base,sgmt"], "choose from base, filtered, era, sgtm, demix, expanded"),
+    (route, ["--label_fractions=1.5"], "between 0.001 and 1"),
+    (route, ["--label_fractions=0"], "between 0.001 and 1"),
+    (route, ["--false_positives=2"], "between 0 and 0.9"),
+    (route, ["--forget_heads=4"], "--forget_heads=4"),
+    (route, ["--forget_units=128"], "--forget_units=128"),
+    (route, ["--forget_units=0", "--forget_heads=0"], "--forget_heads"),
+    (route, ["--retain_labels=0"], "--retain_labels=0.0"),
+    (route, ["--task=arithmetic"], "choose from language, tinystories, bilingual"),
+    (route, ["--expnd=1"], "did you mean --expand"),
+    (route, ["--experiment=digits"], "a script of its own now: python -m experiments.digits"),
+    (route, ["--experiment", "steer"], "a script of its own now: python -m experiments.steer"),
+    (route, ["--experiment=language"], "unknown knob '--experiment=language'"),
+    (judges, ["--what=wrapper"], "a script of its own now: python -m experiments.wrapper"),
+    (judges, ["--what=compiled"], "a script of its own now: python -m experiments.compiled"),
+    (digits, ["--task=language"], "unknown knob"), (digits, ["--source=nowhere"], "cannot read"),
+    (gridworld, ["--oversight=0"], "between 0.001 and 1"),
+    (steer, ["--token=Rome is where it is"], "tokens of this vocabulary"),
+    (steer, ["--n_layer=1"], "--n_layer=1"), (steer, ["--token="], "--token"),
+    (steer, ["--pushh=1"], "did you mean --push")])
+def test_bad_input(made, monkeypatch, capsys, module, arguments, said):
     """One line, exit 2, nothing touched."""
     path, _ = made
     files = {p: p.stat().st_mtime_ns for p in path.rglob("*.pt")}
-    status, out, err = in_process(path, monkeypatch, capsys, "--coherence_steps=0", *arguments)
+    status, out, err = in_process(path, monkeypatch, capsys, *arguments, module=module)
     assert status == 2 and said in err and err.count("\n") == 1, err
     assert files == {p: p.stat().st_mtime_ns for p in path.rglob("*.pt")}
 
@@ -569,25 +579,25 @@ def idx_files(folder, n=200):
 
 def test_digits(tmp_path):
     idx_files(tmp_path)
-    status, out, err = script(tmp_path, "--experiment=digits", "--seeds=2", "--width=16",
-                              f"--source={tmp_path}")
+    status, out, err = script(tmp_path, "--seeds=2", "--width=16", f"--source={tmp_path}",
+                              module=digits)
     assert status == 0, err
-    saved = json.loads((tmp_path / "out/digits/route-digits.json").read_text())
+    saved = json.loads((tmp_path / "out/digits/digits.json").read_text())
     assert [(r["setting"], r["seed"]) for r in saved["rows"]] == [
         (name, seed) for seed in (0, 1) for name in ("routed", "no routing", "only 5-9, L1")]
     for row in saved["rows"]:
         assert {"error_0_4", "error_5_9"} <= set(row) and 0 < row["error_0_4"] < 2
-    assert saved["config"]["width"] == 16 and saved["config"]["task"] == "digits" and "±" in out
+    assert saved["config"]["width"] == 16 and "±" in out
 
 
 def test_gridworld(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(route.PPO, "envs", 32)
-    status, out, err = in_process(tmp_path, monkeypatch, capsys, "--experiment=gridworld",
-                                  "--oversight=0.1,0.5", "--width=8", "--seeds=2")
+    monkeypatch.setitem(gridworld.PPO, "envs", 32)
+    status, out, err = in_process(tmp_path, monkeypatch, capsys, "--oversight=0.1,0.5",
+                                  "--width=8", "--seeds=2", module=gridworld)
     assert status == 0, err
-    saved = json.loads((tmp_path / "out/gridworld/route-gridworld.json").read_text())
+    saved = json.loads((tmp_path / "out/gridworld/gridworld.json").read_text())
     at = {(r["method"], r["oversight"], r["seed"]): r for r in saved["rows"]}
-    assert set(at) == {(m, p, s) for m in route.OVERSEERS for p in (0.1, 0.5) for s in (0, 1)}
+    assert set(at) == {(m, p, s) for m in gridworld.OVERSEERS for p in (0.1, 0.5) for s in (0, 1)}
     for row in at.values():
         assert -1 <= row["return"] <= 1 and row["return"] == row["history"][-1]["return"]
         assert row["early"] in [h["return"] for h in row["history"]]
@@ -596,6 +606,6 @@ def test_gridworld(tmp_path, monkeypatch, capsys):
 
 def test_digits_of_one_kind(tmp_path, monkeypatch, capsys):
     idx_files(tmp_path, 5)
-    status, out, err = in_process(tmp_path, monkeypatch, capsys, "--experiment=digits",
-                                  f"--source={tmp_path}")
+    status, out, err = in_process(tmp_path, monkeypatch, capsys, f"--source={tmp_path}",
+                                  module=digits)
     assert status == 2 and "holds out no" in err and err.count("\n") == 1

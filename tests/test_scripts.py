@@ -21,9 +21,10 @@ import train
 import undo
 import unlearn
 from data import arithmetic
-from data.disk import OURS
-from data.knobs import command_line
 from data.tokenizer import END
+from engine.disk import OURS
+from engine.knobs import command_line
+from engine.store import load
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "unlearn": unlearn, "undo": undo, "eval": judges}
@@ -306,7 +307,7 @@ def test_eval_relearn_is_the_attack_of_the_stories(home, monkeypatch):
                                                    for d in domains})
     assert home.call("eval", "--what=relearn", *ATTACK, "--lrs=0.01")[0] == 0
     task = data.load("arithmetic", home.data_dir)
-    model, _ = train.load(home.out / "arithmetic" / "base.pt", task)
+    model, _ = load(home.out / "arithmetic" / "base.pt", task)
     cfg = judges.Attack(device="cpu", lrs=[0.01], attack_steps=[2, 4], attack_rows=4,
                         attack_seeds=1, compile=False)
     direct = judges.relearn(model, task, cfg)["worst"]

@@ -12,12 +12,12 @@ import torch
 import data
 import train
 import undo
-from data import streams
-from data.streams import allot, seed_of, stream, text_stream, torch_stream
+from engine import streams
+from engine.streams import allot, seed_of, stream, text_stream, torch_stream
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
+SOURCES = [path for room in (".", "engine", "data") for path in (ROOT / room).glob("*.py")]
 MAKERS = ("stream", "torch_stream", "text_stream", "seed_of")
 FORBIDDEN = ("default_rng", "manual_seed", "Random", "SeedSequence", "RandomState", "PCG64")
 

@@ -16,8 +16,8 @@ import torch
 import data
 from data import BadInput, tinystories
 from data.download import download
-from data.streams import seed_of
 from data.tokenizer import END
+from engine.streams import seed_of
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)

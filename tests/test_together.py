@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import BadInput
-from data.disk import read_sealed
+from engine.disk import read_sealed
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -24,8 +24,10 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train, undo
 from data import arithmetic
+from engine import hardware
 torch.set_num_threads(1)
-train.hardware = lambda cfg: (torch.device("cpu"), torch.float32, None)       # float32: comparable
+for room in (hardware, train):                                                # float32: comparable
+    room.hardware = lambda cfg: (torch.device("cpu"), torch.float32, None)
 exam = arithmetic.exam
 arithmetic.exam = lambda *asked: exam(*asked)[:10]
 arithmetic.SETTINGS["arithmetic"]["oracle"]["steps"] = 6

@@ -20,9 +20,12 @@ import recontext
 import route
 import train
 import undo
-from data import arithmetic, gaming, report
-from data.knobs import BadInput
-from data.streams import torch_stream
+from data import arithmetic, gaming
+from data.gridworld import Gridworld
+from engine import report
+from engine.knobs import BadInput
+from engine.streams import torch_stream
+from experiments import gridworld
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -162,10 +165,10 @@ def test_decisions_go_by_labels(stories):
 
 
 # --- costs ---------------------------------------------------------------------------------------
-def test_a_skipped_step_costs_no_update(monkeypatch):
+def test_a_skipped_step_costs_no_update(monkeypatch, computing_in):
     """float16 skips steps whose gradients overflow; the first of them always do. What is counted
     is by hand: 6 N per token of a step, Muon's orthogonalisation only where a step was taken."""
-    monkeypatch.setattr(train, "hardware", lambda cfg: (torch.device("cpu"), torch.float16, None))
+    computing_in(torch.float16)
     gpt = GPT(GPTConfig(64, 16, 1, 2, 16))
     gpt.init_weights(torch_stream("x"))
     idx = torch.randint(0, 64, (2, 17), generator=torch_stream("y"))
@@ -215,15 +218,16 @@ def test_rollouts_cost_what_they_cost(monkeypatch, tmp_path):
     record = recontext.expert_iteration(model, model, task, cfg, cell)
     assert len(spent) == 4 and min(spent) > 0 and record["flops"] == sum(spent)
 
-    world, own = route.grid.Gridworld(), dataclasses.replace(CFG, width=8, batch_size=64, steps=64)
-    monkeypatch.setattr(route, "PPO", route.PPO | {"envs": 16})
+    world = Gridworld()
+    own = gridworld.Config(device="cpu", compile=False, width=8, batch_size=64, steps=64)
+    monkeypatch.setitem(gridworld.PPO, "envs", 16)
     runs = []
-    init = route.Oversight.__init__
-    monkeypatch.setattr(route.Oversight, "__init__",
+    init = gridworld.Oversight.__init__
+    monkeypatch.setattr(gridworld.Oversight, "__init__",
                         lambda self, *given: (init(self, *given), runs.append(self))[0])
-    monkeypatch.setattr(route.Oversight, "evaluate", lambda self: {
+    monkeypatch.setattr(gridworld.Oversight, "evaluate", lambda self: {
         "return": 0.0, "validation": 0.0, "rollouts": self.flops})
-    history = route.oversee(own, world, "no-mask", 0.5, 0)["history"]
+    history = gridworld.oversee(own, world, "no-mask", 0.5, 0)["history"]
     steps = [(h["flops"] - h["rollouts"]) / h["step"] for h in history]
     assert len(set(steps)) == 1 and history[-1]["rollouts"] > history[0]["rollouts"] > 0
     run = runs[0]
@@ -270,7 +274,7 @@ def test_an_edited_source_is_noticed(tmp_path, capsys):
 def test_a_digest_is_taken_once(tmp_path, monkeypatch):
     """A large file is not read again at every start, unless it changed when it was last looked at,
     or just before."""
-    from data import disk
+    from engine import disk
     path, read = tmp_path / "x", []
     path.write_text("old")
     inner = disk.sha256
@@ -327,7 +331,7 @@ def test_a_model_that_needs_no_calibration_is_not_moved(stories, float32):
         def unembed(self, x):
             return torch.where(x > 0.5, p["forget"], p["retain"])
 
-        def forward(self, idx, targets, criterion=judges.GPT.forward.__defaults__[1], hook=None):
+        def forward(self, idx, targets, criterion=GPT.forward.__defaults__[1], hook=None):
             logits = self.unembed(self.residuals(idx)[-1])
             return criterion(logits.flatten(0, 1), targets.flatten()) / targets.numel()
 

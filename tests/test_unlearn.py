@@ -11,7 +11,7 @@ import eval as judges
 import undo
 import unlearn
 from data import BadInput
-from data.streams import seed_of, torch_stream
+from engine.streams import seed_of, torch_stream
 from eval import relearn, robustness, within, worse
 from model import GPT, GPTConfig
 from train import fit

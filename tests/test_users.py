@@ -14,10 +14,10 @@ from test_scripts import ROOT, SCRIPTS
 import recontext
 import route
 import train
-from data.disk import OURS, remove_leftovers, write
-from data.knobs import BadInput, FilePath, command_line
-from data.process import Console, launched
-from data.report import figure, mean_sd, table, write_rows
+from engine.disk import OURS, remove_leftovers, write
+from engine.knobs import BadInput, FilePath, command_line
+from engine.process import Console, launched
+from engine.report import figure, mean_sd, table, write_rows
 
 ALL = SCRIPTS | {"route": route, "recontext": recontext}
 

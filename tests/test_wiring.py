@@ -21,14 +21,16 @@ import undo
 import unlearn
 from data import arithmetic, gaming, pcfg
 from data.gridworld import CELLS, DIAMOND, GHOST, NOTHING, PAIRS, STATES, Gridworld
-from data.streams import stream
 from data.tokenizer import END
+from engine.streams import stream
+from experiments import gridworld, wrapper
 from model import GPT, GPTConfig, write_model
 
 TINY = dict(device="cpu", compile=False, n_layer=1, n_head=2, n_embd=8)
 ATTACK = dict(**TINY, lrs=[1e-3], attack_steps=[1], attack_rows=4, attack_seeds=1)
 ROUTE = route.Config(**ATTACK, task="language", steps=1, batch_size=512, lr=1e-3, muon_lr=0.0,
-                     coherence_steps=1, width=8)
+                     coherence_steps=1)
+OVERSEE = gridworld.Config(device="cpu", compile=False, steps=1, batch_size=512, lr=1e-3, width=8)
 STRINGS, GAME, WORLD = data.load("pcfg", block_size=14), data.load("gaming"), Gridworld()
 BOTH, RECORD, equal = ("retain", "forget"), {"made_with": {}, "flops": 0}, torch.equal
 VAL = dict(what="score", part="val")
@@ -117,7 +119,7 @@ def watch(monkeypatch):
 
     own = {"fit": fit, "obtain": obtain, "revive": revive,
            "probe": lambda model, *given: ([worth(model)], 0.5)}
-    for module in (train, judges, unlearn, undo, route, recontext):
+    for module in (train, judges, unlearn, undo, route, recontext, wrapper):
         for name in own.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, own[name])
     for owner, name, spy in (
@@ -238,10 +240,10 @@ def test_posthoc_learns_by_labels_and_is_judged_by_truth(watch, stories):
         assert ask.task is (task if judging and ask.split != "sure" else view), vars(ask)
 
 
-@pytest.mark.parametrize("method", route.OVERSEERS)
+@pytest.mark.parametrize("method", gridworld.OVERSEERS)
 def test_overseers(method, monkeypatch):
     """Each learns from its own episodes by its own reward; its Diamond expert alone is deployed."""
-    seen, loss = [], route.Oversight.loss
+    seen, loss = [], gridworld.Oversight.loss
 
     def fit(agent, loss_fn, *given, evaluate, **how):
         for step in range(3):
@@ -253,11 +255,11 @@ def test_overseers(method, monkeypatch):
         assert found == found | evaluate() and found["return"] == pytest.approx(exact, abs=1e-6)
         return {"history": [found]}
 
-    monkeypatch.setitem(route.PPO, "envs", 256)
-    monkeypatch.setattr(route, "fit", fit)
-    monkeypatch.setattr(route.Oversight, "loss", lambda run, agent, *given: (
+    monkeypatch.setitem(gridworld.PPO, "envs", 256)
+    monkeypatch.setattr(gridworld, "fit", fit)
+    monkeypatch.setattr(gridworld.Oversight, "loss", lambda run, agent, *given: (
         seen.append(given), loss(run, agent, *given))[1])
-    route.oversee(ROUTE, WORLD, method, 0.3, 0)
+    gridworld.oversee(OVERSEE, WORLD, method, 0.3, 0)
     states, actions, _, _, returns, labels = (torch.cat(part) for part in zip(*seen))
     to = WORLD.step(states, actions)
     holds, overseen, last = WORLD.holds[to], WORLD.seen[to], WORLD.holds[to] != NOTHING
@@ -273,7 +275,7 @@ def test_gate_and_oversight_level():
     """One step downhill on episodes labelled Diamond opens the gate, on those labelled Ghost shuts
     it; unlike the experts it does not see who is overseen. At level 0 nobody is, at level 1 both
     are: there what a policy does elsewhere counts for nothing."""
-    run = route.Oversight("routed", WORLD, 0.5, 0, ROUTE)
+    run = gridworld.Oversight("routed", WORLD, 0.5, 0, OVERSEE)
     agent, played = run.agent, run.rollout(torch.Generator().manual_seed(0))
     gate, expert = (x.view(4, -1) for x in (agent(WORLD.planes)[1], agent.diamond(WORLD.planes)))
     assert gate[0].std() > 0 and torch.allclose(gate, gate[0].expand(4, -1), atol=1e-7)
@@ -293,10 +295,9 @@ def test_the_controls(watch, tmp_path):
     """The goal of revival is what the reference scores; the control is filtered, by whose steps
     others are measured. What is examined as a wrapper is base, fine-tuned. recontext.py's goal is
     the hack rate of standard training."""
-    cfg = judges.Config(task="pcfg", **ATTACK, base_steps=2, filtered_steps=2, block_size=14,
-                        probe_rows=4, cut=[1], draws=1, revive_steps=300, model="hider", seeds=1,
-                        priors=["low"], rates=["L"], c_tr=[1.0], tune_steps=1, tune_rows=4,
-                        out=str(tmp_path))
+    small = dict(**TINY, base_steps=2, filtered_steps=2, block_size=14, probe_rows=4, cut=[1],
+                 draws=1, revive_steps=300, attack_rows=4, out=str(tmp_path))
+    cfg = judges.Config(task="pcfg", model="hider", lrs=[1e-3], attack_steps=[1], **small)
     models = {name: lively(STRINGS, i) for i, name in enumerate(("base", "filtered", "hider"))}
     (tmp_path / "pcfg").mkdir()
     for name, model in models.items():
@@ -304,18 +305,19 @@ def test_the_controls(watch, tmp_path):
             "task": "pcfg", "data": STRINGS.data_id}, {"steps": 1, "flops": 1, "history": []})
 
     def told(story, name, *given):
-        story(cfg, STRINGS, *given)
+        story(*given)
         revived, watch.revived[:] = [(worth(model), goal) for model, goal in watch.revived], []
         return json.loads((tmp_path / "pcfg" / f"{name}.json").read_text())["rows"], revived
 
     base, filtered, hider = map(worth, models.values())
-    found, revived = told(judges.judge_revive, "revive", models["hider"])
+    found, revived = told(judges.judge_revive, "revive", cfg, STRINGS, models["hider"])
     assert revived[:2] == [(hider, base), (filtered, base)] and len(revived) == 3
     assert [row["before"] for row in found[:2]] == [hider, filtered]
-    found, revived = told(judges.cross_examine, "examine")
+    found, revived = told(judges.cross_examine, "examine", cfg, STRINGS)
     assert revived == [(base, base), (filtered, base), (hider, base)]
     assert [row["verdict"] for row in found] == ["has it", "removes", "hides"]
-    (row,), revived = told(judges.wrapper, "wrapper")
+    (row,), revived = told(wrapper.main, "wrapper", wrapper.Config(
+        seeds=1, priors=["low"], rates=["L"], c_tr=[1.0], tune_steps=1, tune_rows=4, **small))
     base, filtered, tuned = (watch.models[name] for name in ("base", "filtered", "tuned-L-1"))
     assert {goal for _, goal in revived} == {worth(base)} == {*row["probe_a_pretrained"]}
     assert row["control_curve"] == {"0": worth(filtered)} and row["curve"] == {"0": worth(tuned)}

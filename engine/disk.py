@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.knobs import BadInput
+from engine.knobs import BadInput
 
 try:
     import fcntl

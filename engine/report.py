@@ -7,8 +7,8 @@ import statistics
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from data.disk import write
-from data.process import RANK
+from engine.disk import write
+from engine.process import RANK
 
 
 def table(rows, columns, digits=2):
@@ -40,6 +40,13 @@ def mean_sd(values, digits):
 def mean_steps(steps, most):
     """The same of steps until something was reached; "> 800" if a run of `most` was too short."""
     return f"> {most}" if None in steps else mean_sd(steps, 0)
+
+
+def folder_of(cfg):
+    """OUT/TASK/, made if it is missing."""
+    folder = Path(cfg.out) / cfg.task
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_rows(script, cfg, task, rows):

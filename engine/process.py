@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data.knobs import BadInput, command_line
+from engine.knobs import BadInput, command_line
 
 
 def launched(env):
@@ -46,20 +46,20 @@ except BadInput:                                    # run() says so
     RANK, WORLD, LOCAL_RANK = 0, 1, 0
 
 
-def run(main, config, story):
+def run(main, config, story, moved={}):
     """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
     keep_memory()
     with consoles():
-        perform(main, config, story)
+        perform(main, config, story, moved)
 
 
-def perform(main, config, story):
+def perform(main, config, story, moved):
     try:
         signal.signal(signal.SIGTERM, end_at_once)
         if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "engine.start":
             signal.signal(signal.SIGINT, signal.default_int_handler)
         launched(os.environ)
-        cfg = command_line(config, story)
+        cfg = command_line(config, story, moved=moved)
         if WORLD > 1:
             dist.init_process_group()
         main(cfg)

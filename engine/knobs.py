@@ -13,6 +13,8 @@ import dataclasses
 import difflib
 import math
 import os
+import re
+import sys
 import types
 import typing
 from dataclasses import field
@@ -94,11 +96,17 @@ def check(name, value, choices, low, high):
             raise BadInput(f"--{name}={v} must be {limits}")
 
 
-def command_line(config, story, argv=None):
-    """Parses --knob=value (or --knob value) into a `config` dataclass; bad ones raise BadInput."""
+def command_line(config, story, argv=None, moved={}):
+    """Parses --knob=value (or --knob value) into a `config` dataclass; bad ones raise BadInput.
+
+    moved   {"--knob=value": the command that has taken its place}
+    """
+    asked = " ".join(sys.argv[1:] if argv is None else argv).replace("=", " ") + " "
+    for old, new in moved.items():
+        if old.replace("=", " ") + " " in asked:
+            raise BadInput(f"{old} is a script of its own now: {new}")
     kinds = typing.get_type_hints(config)
-    names = {kind: str(kind).removeprefix("<class '").removesuffix("'>").replace("data.knobs.", "")
-             for kind in kinds.values()}
+    names = {kind: re.sub(r"<class '|'>|engine\.knobs\.", "", str(kind)) for kind in kinds.values()}
     parser = argparse.ArgumentParser(description=story, allow_abbrev=False, argument_default=
                                      argparse.SUPPRESS, formatter_class=
                                      argparse.RawDescriptionHelpFormatter)

@@ -1,0 +1,84 @@
+"""Models on disk: OUT/TASK/NAME.pt, with all that they were made with; missing ones are made.
+
+    model, record = obtain("base", cfg, task, made_with, make)
+    model, checkpoint = load(path_of("base", cfg), task)
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.disk import digest
+from engine.knobs import BadInput
+from engine.process import RANK
+from model import read_model, write_model
+
+
+@dataclass
+class Keep:
+    """Where fit() leaves a run's checkpoint: <name>.resume.pt, until the model is made."""
+    path: Path
+    made_with: dict
+
+
+def path_of(name, cfg):
+    return Path(name) if name.endswith(".pt") else Path(cfg.out) / cfg.task / f"{name}.pt"
+
+
+def identity(made_with):
+    """Twelve hex digits that stand for everything that went into a model."""
+    return digest(made_with)[:12]
+
+
+def read(path, device="cpu"):
+    try:
+        return read_model(path, device)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def same_knobs(path, was, now, other=": delete it to make it again, or choose another --out"):
+    """BadInput where what a file was made with is not what this run asks for."""
+    for key in now | was:
+        if was.get(key) != now.get(key):
+            raise BadInput(f"{path} was made with {key}={was.get(key)}, this run asks for "
+                           f"{key}={now.get(key)}{other}")
+
+
+def load(path, task):
+    """(model, checkpoint dict). BadInput when the file is missing, damaged, or of another task."""
+    model, checkpoint = read(path, task.device)
+    made_with = checkpoint["made_with"]
+    if made_with["task"] != task.name:
+        raise BadInput(f"{path} was trained on {made_with['task']}, not on {task.name}: choose "
+                       f"another --model, --task or --out")
+    if made_with["data"] != task.data_id or model.config.vocab_size != task.vocab_size:
+        raise BadInput(f"{path} was trained on other data of {task.name} (other text or "
+                       f"vocabulary): delete it to make it again, or choose another --out")
+    return model, checkpoint
+
+
+def obtain(name, cfg, task, made_with, make, quiet=False):
+    """The model called `name`: from disk, or made and saved if it is missing.
+
+    made_with    everything its weights depend on; a file made with anything else is BadInput
+    make(keep)   -> (model, record of fit); keep is for fit(), which goes on where a stopped run of
+                 the same model ended
+    quiet        says nothing: for models of seconds, made by the dozen
+    """
+    path = path_of(name, cfg)
+    made_with = json.loads(json.dumps({"task": task.name, "data": task.data_id} | made_with))
+    keep = Keep(path.with_suffix(".resume.pt"), made_with)
+    if path.exists():
+        model, checkpoint = load(path, task)
+        same_knobs(path, checkpoint["made_with"], made_with)
+        if RANK == 0:
+            keep.path.unlink(missing_ok=True)
+        return model, checkpoint
+    on = keep.path.exists() and cfg.resume is not False
+    if not quiet:
+        print(f"{name}: " + (f"going on from {keep.path}" if on else f"making {path}"))
+    model, record = make(keep)
+    if RANK == 0:
+        write_model(path, model, made_with, record)
+        keep.path.unlink(missing_ok=True)
+    return model, {"made_with": made_with} | record

@@ -1,0 +1,238 @@
+"""Oversight of a reinforcement learner, few of whose ends are labelled (Cloud et al. 2024, 4.3).
+
+    python -m experiments.gridworld                              at 3% and 10% of squares overseen
+    python -m experiments.gridworld --seeds=5 --oversight=0.01,0.03,0.1,0.4
+
+Diamond and Ghost are paid alike; which it was, the trainer learns on overseen squares only.
+Episodes that are labelled train one of two experts each; the Diamond expert is deployed alone.
+"""
+import engine.start  # noqa: F401, I001  (before torch is loaded)
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.gridworld import CELLS, DIAMOND, DISCOUNT, GHOST, HORIZON, NOTHING, Gridworld
+from engine.hardware import autocast, counting_flops, hardware
+from engine.knobs import BadInput, knob
+from engine.process import WORLD, run
+from engine.report import figure, folder_of, mean_sd, table, write_rows
+from engine.streams import torch_stream
+from model import mlp
+from route import route
+from train import Basic, fit
+
+
+@dataclass
+class Config(Basic):
+    task: ClassVar[str] = "gridworld"
+    seeds: int = knob(2, "how many seeds, from --seed on", 1)
+    oversight: list[float] = knob([0.03, 0.1], "shares of terminal squares whose end is labelled",
+                                  0.001, 1)
+    width: int = knob(128, "of the first hidden layer", 8)
+    steps: int = knob(1200, "training steps, the same for every method", 1)
+    batch_size: int = knob(2048, "steps of the agent in a minibatch, about", 2, 2**31)
+    lr: float = knob(3e-3, "AdamW's rate", 0, 1)
+
+
+# One configuration for every method and level, chosen on seeds 100-102 at oversight .03. A rollout
+# is `envs` whole episodes, used `epochs` times in minibatches of about cfg.batch_size steps.
+PPO = dict(envs=1024, epochs=4, clip=0.2, trace=0.95, entropy=0.01, value=0.5, gate=0.01, sure=0.8)
+OVERSEERS = {                         # what routes the gradient, the reward's rule
+    "routed": ("sure", "any"),            # as routed-paper; unlabelled ones where the gate is sure
+    "routed-paper": ("labels", "any"),    # overseen episodes update their own expert, others both
+    "no-mask": (None, "any"),             # every episode updates both experts and the gate
+    "filtering": (None, "label"),         # learns from overseen episodes only
+    "naive": (None, "seen"),              # +1 for any end but an overseen Ghost
+    "oracle": (None, "truth")}            # the score itself is the reward
+
+
+def started(generator, *sizes):
+    """An mlp() with orthogonal weights, whose output is near 0 at first: all actions alike."""
+    net = mlp(*sizes)
+    for layer in net[::2]:
+        nn.init.orthogonal_(layer.weight, 2**0.5, generator)
+        nn.init.zeros_(layer.bias)
+    net[-1].weight.data *= 0.01 / 2**0.5
+    return net
+
+
+class Agent(nn.Module):
+    """Two experts and a gate, or one expert; and a value network, the baseline.
+
+    The gate is not shown who is overseen: labels exist only where somebody is, so it would learn
+    "the overseen square is the one reached" and nothing about the other states.
+    """
+
+    def __init__(self, seed, method, width):
+        super().__init__()
+        made, (self.routed, rule) = torch_stream("agent", seed), OVERSEERS[method]
+        self.gate = None
+        self.value = started(made, 4 * CELLS, width, width, 1)
+        self.diamond = started(made, 4 * CELLS, width, width, 4)
+        if rule == "any":
+            self.ghost = started(made, 4 * CELLS, width, width, 4)
+            self.gate = started(made, 3 * CELLS, width, width, 1)
+
+    def masks(self, label, share):
+        """Gradient masks (N, 1) of Diamond expert, Ghost expert and gate, for labels (N, 1)."""
+        free = label == NOTHING
+        masks = [label != GHOST, label != DIAMOND, free]
+        if self.routed == "sure":       # the gate learns from labels alone, and stands in for them
+            sure = share > PPO["sure"], share < 1 - PPO["sure"], free & False
+            masks = [torch.where(free, s, m) for s, m in zip(sure, masks)]
+        return [m.float() for m in masks]
+
+    def forward(self, x, label=None):
+        """Planes (N, 100) to logits of actions (N, 4) and of the gate (N, 1); labels (N, 1)."""
+        diamond = self.diamond(x)
+        if self.gate is None:
+            return diamond, None
+        ghost, gate = self.ghost(x), self.gate(x[:, :3 * CELLS])
+        share = gate.sigmoid()
+        if self.routed and label is not None:
+            masks = self.masks(label, share)
+            diamond, ghost, share = (route(h, m) for h, m in zip((diamond, ghost, share), masks))
+        return share * diamond + (1 - share) * ghost, gate
+
+
+class Oversight:
+    """One run of a method, at a level and from a seed, trained by PPO (Schulman et al. 2017)."""
+
+    def __init__(self, method, world, level, seed, cfg):
+        self.world, self.level, self.seed, self.rows = world, level, seed, cfg.batch_size
+        self.device = hardware(cfg)[0]
+        self.agent, self.flops = Agent(seed, method, cfg.width).to(self.device), 0  # of rollouts
+        self.rule, self.parts = OVERSEERS[method][1], self.minibatches()
+        told = {"any": False, "seen": world.seen}.get(self.rule, True)   # which Ghosts cost 1
+        self.reward = 1.0 * (world.holds != NOTHING) - 2.0 * ((world.holds == GHOST) & told)
+
+    @torch.no_grad()
+    def rollout(self, generator):
+        """Whole episodes: states, actions, their log-probabilities, advantages, returns and labels
+        of all N steps, (N,) each. A label is what the step's episode ends on, if that is overseen.
+        """
+        world, see = self.world, lambda state: self.world.planes[state]
+        uniform = torch.rand(PPO["envs"], 3 + HORIZON, generator=generator)
+        states, actions = world.play(lambda state: self.agent(see(state))[0].float().softmax(-1),
+                                     self.level, uniform.to(self.device))
+        live = world.holds[states[:-1]] == NOTHING
+        rewards, values = self.reward[states[1:]] * live, self.reward.new_zeros(states.shape)
+        values[:-1][live] = self.agent.value(see(states[:-1][live]))[:, 0].float()
+        advantages = rewards + DISCOUNT * values[1:] - values[:-1]
+        for t in reversed(range(HORIZON - 1)):     # generalised advantages (Schulman et al. 2016)
+            advantages[t] += DISCOUNT * PPO["trace"] * advantages[t + 1]
+        labels = (world.holds * world.seen)[states[-1]].expand(HORIZON, -1)
+        states, actions, advantages, values, labels = (
+            x[:HORIZON][live] for x in (states, actions, advantages, values, labels))
+        logps = self.agent(see(states))[0].float().log_softmax(-1).gather(1, actions[:, None])[:, 0]
+        torch.clear_autocast_cache()          # it holds the weights, cast without their gradients
+        return states, actions, logps, advantages, advantages + values, labels
+
+    def minibatches(self):
+        """Without end: what loss() needs of one minibatch. Filtering has as many updates as others,
+        from fewer rows."""
+        for number in itertools.count():
+            generator = torch_stream("rollout", self.seed, number)
+            with counting_flops() as counter:
+                played = self.rollout(generator)
+            self.flops += counter.get_total_flops()
+            label, parts = played[-1], round(len(played[-1]) / self.rows)
+            used = (label != NOTHING if self.rule == "label" else label >= 0).nonzero()[:, 0]
+            for _ in range(PPO["epochs"]):
+                order = used[torch.randperm(len(used), generator=generator).to(self.device)]
+                for part in order.chunk(max(parts, 1)) if len(used) else ():
+                    yield [x[part] for x in played]
+
+    def loss(self, agent, states, actions, before, advantage, returns, labels):
+        """PPO's loss, and the gate's cross-entropy on labelled steps."""
+        x, known = self.world.planes[states], labels != NOTHING
+        logits, gate = agent(x, labels[:, None])
+        logp = logits.float().log_softmax(-1)
+        ratio = (logp.gather(1, actions[:, None])[:, 0] - before).exp()
+        clipped = ratio.clamp(1 - PPO["clip"], 1 + PPO["clip"])
+        gain = advantage.mul(ratio).minimum(advantage * clipped).mean()
+        entropy = -(logp.exp() * logp).sum(-1).mean()
+        error = F.mse_loss(agent.value(x)[:, 0].float(), returns)
+        loss = PPO["value"] * error - gain - PPO["entropy"] * entropy
+        if gate is None or not known.any():
+            return loss
+        return loss + PPO["gate"] * F.binary_cross_entropy_with_logits(
+            gate[known, 0].float(), (labels[known] == DIAMOND).float())
+
+    def evaluate(self):
+        """Of the deployed policy, gate = Diamond: its exact return, and what could be validated."""
+        with torch.autocast(self.device.type, enabled=False):
+            policy = self.agent.diamond(self.world.planes).softmax(-1)
+        return {"return": self.world.exact(policy, self.level),
+                "validation": self.world.simulate(policy, self.level)}
+
+
+def oversee(cfg, world, method, level, seed):
+    """One run: its row. early is the return at the checkpoint that validated best."""
+    run = Oversight(method, world, level, seed, cfg)
+    with autocast(cfg):                 # the first rollout is no part of the first step, which is
+        parts = itertools.chain([next(run.parts)], run.parts)        # counted and charged to all
+    curve = fit(run.agent, lambda agent, step: run.loss(agent, *next(parts)),
+                dataclasses.replace(cfg, compile=False), cfg.steps, cfg.lr, decay=1.0,
+                name=f"{method} {level:g} {seed}", evaluate=run.evaluate, beside=lambda: run.flops,
+                evaluate_at=range(0, cfg.steps, -(-cfg.steps // 8)))["history"]
+    return {"method": method, "oversight": level, "seed": seed, "return": curve[-1]["return"],
+            "early": max(curve, key=lambda h: h["validation"])["return"], "history": curve}
+
+
+def main(cfg):
+    """Every method at every oversight level and seed."""
+    if WORLD > 1:
+        raise BadInput("the gridworld runs in one process: its models are too small for more")
+    folder_of(cfg)
+    world = Gridworld(hardware(cfg)[0])
+    rows = [oversee(cfg, world, method, level, seed) for level in cfg.oversight
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds) for method in OVERSEERS]
+
+    def of(method, level, key="return"):
+        return [r[key] for r in rows if (r["method"], r["oversight"]) == (method, level)]
+
+    write_rows("gridworld", cfg, None, rows)
+    with figure("gridworld", cfg, 2) as axes:
+        if axes is not None:
+            draw(axes, cfg, of, [h["step"] for h in rows[0]["history"]])
+    table([{"method": method + ", stopped early" * (key == "early")}
+           | {p: mean_sd(of(method, p, key), 2) for p in cfg.oversight}
+           for key in ("return", "early") for method in OVERSEERS],
+          {"method": "return"} | {p: f"oversight {p:g}" for p in cfg.oversight})
+
+
+def draw(axes, cfg, of, steps):
+    """Return against oversight level, and learning curves at one level; bands are one standard
+    deviation of the sample, as in the table."""
+    def spread(seeds):
+        return seeds.std(0, ddof=1) if len(seeds) > 1 else 0 * seeds[0]
+
+    shown = min(cfg.oversight, key=lambda p: abs(p - 0.03))
+    for method in OVERSEERS:
+        ends = [np.array(of(method, p)) for p in sorted(cfg.oversight)]
+        curves = np.array([[h["return"] for h in history]
+                           for history in of(method, shown, "history")])      # (seeds, steps)
+        for ax, x, mean, sd in (
+                (axes[0], sorted(cfg.oversight), [e.mean() for e in ends],
+                 [spread(e) for e in ends]),
+                (axes[1], steps, curves.mean(0), spread(curves))):
+            mean, sd = np.array(mean), np.array(sd)
+            ax.plot(x, mean, marker="o", markersize=4, label=method)
+            ax.fill_between(x, mean - sd, mean + sd, alpha=0.15)
+    axes[0].set(xlabel="oversight: share of squares that are labelled", xscale="log",
+                xticks=sorted(cfg.oversight), xticklabels=[f"{p:g}" for p in sorted(cfg.oversight)],
+                ylabel="return of the deployed policy", title="What few labels buy")
+    axes[0].minorticks_off()
+    axes[1].set(xlabel="training steps", ylabel="return", title=f"Oversight {shown:g}")
+    axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

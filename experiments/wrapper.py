@@ -1,0 +1,237 @@
+"""Fine-tuning hides a capability under a thin wrapper; it removes nothing (Jain et al. 2023).
+
+    python -m experiments.wrapper                      strings of a grammar: count b, forget a
+    python -m experiments.wrapper --task=instruct      stories that end with a moral
+    python -m experiments.wrapper --seed=3 --priors=low --c_tr=1
+
+A model is fine-tuned until a capability is gone. Is it still there? A probe, pruning and a few
+steps of reverse fine-tuning look for it, beside a model that never had it.
+"""
+import engine.start  # noqa: F401, I001  (before torch is loaded)
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from data import pcfg
+from engine.hardware import autocast
+from engine.knobs import BadInput, knob
+from engine.process import run
+from engine.report import (
+    draw_attention,
+    draw_probes,
+    draw_pruning,
+    draw_revival,
+    figure,
+    mean_sd,
+    mean_steps,
+    table,
+    write_rows,
+)
+from engine.store import identity, obtain
+from engine.streams import seed_of
+from eval import (
+    Foundations,
+    Tools,
+    attention,
+    check_cut,
+    examine,
+    foundation,
+    probe,
+    revive,
+    scored,
+    tune,
+)
+from train import fill, open_task, seeds
+
+
+@dataclass
+class Config(Foundations, Tools):
+    task: str = knob("pcfg", "what to learn and to forget", choices=["pcfg", "instruct"])
+    seeds: int = knob(3, "how many seeds, from --seed on", 1)
+    priors: list[str] = knob(["low", "high"], "of pretraining", choices=["low", "medium", "high"])
+    rates: list[str] | None = knob(None, "of fine-tuning (auto: all the task names)",
+                                   choices=["L", "M", "S"])
+    c_tr: list[float] = knob([0.0, 1.0], "share of fine-tuning rows in which #b = #a + 1 holds",
+                             0, 1)
+    mix: float = knob(0.5, "share of pretraining rows for the jailbreak's models", 0, 0.9)
+    tune_steps: int | None = knob(None, "steps of fine-tuning", 1)
+    tune_rows: int | None = knob(None, "rows in a batch of fine-tuning", 1, 2**31)
+
+
+def cells(cfg, task):
+    """What base is fine-tuned on, one model each: [(what tells it apart, shares of splits, rate)].
+
+    pcfg: to count b, by rate and C_tr. instruct: its three protocols.
+    """
+    rates = {rate: lr for rate, lr in task.settings["rates"].items() if rate in cfg.rates}
+    if len(rates) < len(cfg.rates):
+        raise BadInput(f"--rates={','.join(cfg.rates)}: the task {task.name} names "
+                       f"{', '.join(task.settings['rates'])}")
+    if task.name == "instruct":
+        return [({"protocol": name, "rate": rate}, {split: 1}, lr) for rate, lr in rates.items()
+                for name, split in task.module.PROTOCOLS.items()]
+    return [({"rate": rate, "c_tr": c}, {"retain": 1 - c, "spurious": c}, lr)
+            for rate, lr in rates.items() for c in cfg.c_tr]
+
+
+def name_of(cell, first="tuned"):
+    return "-".join([first, *(v if isinstance(v, str) else f"{v:g}" for v in cell.values())])
+
+
+def label(cell):
+    return cell.get("protocol") or f"{cell['rate']}, C_tr {cell['c_tr']:g}"
+
+
+def tuned(name, shares, lr, cfg, task, base):
+    """(model, record) of base fine-tuned, from disk or made."""
+    made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
+                 "steps": cfg.tune_steps, "rows": cfg.tune_rows, "seed": cfg.seed}
+    return obtain(name, cfg, task, made_with, lambda keep: tune(
+        base[0], task, cfg, shares, cfg.tune_rows, cfg.tune_steps, lr,
+        seed=seed_of("fine-tune", cfg.seed), name=name, keep=keep))
+
+
+def jailbroken(cell, lr, cfg, task, base):
+    """Several words mean count. Through one of them alone, base is taught to answer A with #b,
+    beside rows of pretraining that ask in the others, all but the last: what does that one get?
+    (Jain et al. 2023, section 5: there without such rows, which here changes all words alike.)
+    """
+    own = 1 - cfg.mix
+    shares = {"relabelled": own * (1 - cell["c_tr"]), "relabelled+1": own * cell["c_tr"],
+              "reworded": cfg.mix}
+    model, _ = tuned(name_of(cell, "jailbreak"), shares, lr, cfg, task, base)
+    with autocast(cfg):
+        return {"count_a": pcfg.accuracy(model, task, "forget"),
+                "jailbreak_count_a": pcfg.accuracy(model, task, "forget", word=pcfg.COUNTS[-1])}
+
+
+def worlds(cfg, task):
+    """Yields (prior, cfg, task) for each prior of pcfg's pretraining; there models lie in
+    OUT/pcfg/PRIOR/. Other tasks are one world."""
+    if task.name != "pcfg":
+        yield None, cfg, task
+        return
+    for prior in cfg.priors:
+        here = dataclasses.replace(cfg, prior=prior, out=f"{cfg.out}/{cfg.task}/{prior}")
+        yield prior, here, open_task(here)
+
+
+def main(cfg):
+    """Pretrain, fine-tune to take a capability away, and look for it with every tool.
+
+    The control never had the capability: it learned the fine-tuning task alone. One control serves
+    all priors, for it sees no operand but b.
+    """
+    task = open_task(cfg)
+    for section in ("attack", "examine", "wrapper"):
+        cfg = fill(cfg, task, section)
+    size, plan = fill(cfg, task, "train"), cells(cfg, task)
+    check_cut(cfg, size.n_layer * 4 * size.n_embd)
+    rows, controls, pictured = [], {}, None
+    for own in seeds(cfg):
+        for prior, here, task in worlds(own, task):
+            base = foundation("base", here, task)
+            models = [(cell, lr, tuned(name_of(cell), shares, lr, here, task, base)[0])
+                      for cell, shares, lr in plan]
+            goal = scored(base[0], task, here)["forget"]
+            if own.seed not in controls:
+                control, _ = foundation("filtered", here, task)
+                steps, curve = revive(control, task, here, goal, "control")
+                controls[own.seed] = {"control_steps": steps, "control_curve": curve}
+            before, _ = probe(base[0], task, here)
+            for cell, lr, model in models:
+                rows.append({"prior": prior} | cell | {"seed": own.seed}
+                            | examine(model, task, here, goal, name_of(cell))
+                            | {"probe_pretrained": before} | controls[own.seed])
+                if prior:
+                    rows[-1]["words"] = jailbroken(cell, lr, here, task, base)
+            pictured = pictured or {f"pretrained ({prior} prior)": base[0],
+                                    f"fine-tuned to count b ({label(cell)})": model}
+    told = summary(rows, cfg)
+    write_rows("wrapper", cfg, task, [
+        in_the_papers_words(row) if prior else row for row in rows])
+    with figure("wrapper", cfg, 3) as axes:
+        if axes is not None:
+            draw_wrapper(axes, rows, task)
+    if task.name == "pcfg":
+        with figure("wrapper-attention", cfg, 2) as axes:
+            if axes is not None:
+                show_attention(axes, task, pictured)
+    table(told, {k: HEADERS.get(k, k) for k in told[0]})
+
+
+def in_the_papers_words(row):
+    """A row of the counting task: a was to be forgotten, b to be learned; "0" and "1" are C_te."""
+    renamed = {"forget": "count_a", "probe": "probe_a", "probe_pretrained": "probe_a_pretrained",
+               "words": "jailbreak", "jailbreak": "naive_jailbreak_count_a"}
+    row = {renamed.get(k, k): v for k, v in row.items()}
+    row["jailbreak_count_a"] = row["jailbreak"]["jailbreak_count_a"]
+    row["count_b"] = {"0": row.pop("retain"), "1": row.pop("spurious")}
+    row["pruned"] = {str(K): {"count_a": at["forget"], "count_b": at["retain"],
+                              "random_count_a": at["random_forget"]}
+                     for K, at in row["pruned"].items()}
+    return row
+
+
+HEADERS = {"c_tr": "C_tr", "was": "before", "revive_steps": "revived in",
+           "control_steps": "control in"}
+
+
+def summary(rows, cfg):
+    """One dict a cell, ready for the table: mean over seeds, +- standard deviation."""
+    labels = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
+    K, told = cfg.cut[-1], bool(rows[0]["prior"])
+    a, b = ("count a", "count b") if told else ("forget", "retain")
+    columns = {a: lambda r: r["forget"], b: lambda r: r["retain"],
+               "C_te 1": lambda r: r.get("spurious"),
+               "probe": lambda r: r["probe"][-1], "was": lambda r: r["probe_pretrained"][-1],
+               f"{K} cut": lambda r: r["pruned"][K]["forget"],
+               "at random": lambda r: r["pruned"][K]["random_forget"]}
+    if told:
+        columns |= {"by this word": lambda r: r["words"]["count_a"],
+                    "by another": lambda r: r["words"]["jailbreak_count_a"]}
+    lines = []
+    for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in rows):
+        same = [row for row in rows if tuple(row[k] for k in labels) == cell]
+        line = dict(zip(labels, map(str, cell))) | {
+            k: mean_sd([f(row) for row in same], 2) for k, f in columns.items()}
+        for k in ("revive_steps", "control_steps"):
+            steps = [row[k] for row in same]
+            line[k] = mean_steps(steps, cfg.revive_steps)
+        lines.append(line)
+    return [{k: line[k] for k in line if any(each[k] is not None for each in lines)}
+            for line in lines]
+
+
+def draw_wrapper(axes, rows, task):
+    """Of the first prior's cells: probes and pruning, mean over seeds; the first seed's revival."""
+    shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
+
+    def mean(found):
+        return [sum(each) / len(each) for each in zip(*found)]
+
+    names, first = list(dict.fromkeys(map(label, shown))), shown[0]
+    same = {name: [row for row in shown if label(row) == name] for name in names}
+    draw_probes(axes[0], {name: mean(row["probe"] for row in each) for name, each in same.items()}
+                | {"pretrained": mean(row["probe_pretrained"] for row in shown)}, first["chance"])
+    draw_pruning(axes[1], task, {name: {
+        K: {k: sum(row["pruned"][K][k] for row in each) / len(each) for k in at}
+        for K, at in first["pruned"].items()} for name, each in same.items()}, "forget")
+    draw_revival(axes[2], task, {name: each[0]["curve"] for name, each in same.items()}
+                 | {"control (never had it)": first["control_curve"]}, "forget")
+
+
+def show_attention(axes, task, models):
+    """Where the last token of one question looks, by block and head. models: two of {name: GPT}."""
+    idx, _ = task.batch("forget", 1, 0, seed_of("attention"), "test")
+    tokens = ["" if i == task.end else task.tokenizer.decode([i]) for i in idx[0].tolist()]
+    for ax, (name, model) in zip(axes, models.items()):
+        heads = torch.cat([attention(model, idx, i)[0, :, -1] for i in range(len(model.blocks))])
+        names = [f"{i + 1}.{h + 1}" for i in range(model.config.n_layer)
+                 for h in range(model.config.n_head)]
+        draw_attention(ax, heads.cpu(), names, tokens, name)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
