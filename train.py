@@ -93,7 +93,7 @@ def fill(cfg, task, section, prefix=""):
 
     prefix   of the knobs' names, where a script has those of another: base_steps, unlearn_lr
     """
-    own = {prefix + k: v for k, v in task.settings[section].items()}
+    own = {prefix + k: v for k, v in task.settings.get(section, {}).items()}
     return dataclasses.replace(cfg, **{f.name: own[f.name] for f in dataclasses.fields(cfg)
                                        if getattr(cfg, f.name) is None and f.name in own})
 

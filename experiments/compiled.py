@@ -94,7 +94,7 @@ def main(cfg):
                         title="Cut one weight of a counter that was taught to add one")
             axes[0].legend()
     table(rows, {"seed": "seed", "compiled": "compiled", "steps": "tuned in", "wrapped": "count a",
-                 "plus one": "and one", "pruned": "one weight cut", "weight": "which",
+                 "plus one": "a plus one", "pruned": "one weight cut", "weight": "which",
                  "second": "next best", "mean": "mean", "revive_steps": "revived in"}, digits=3)
 
 

@@ -189,8 +189,8 @@ def summary(rows, cfg):
                f"{K} cut": lambda r: r["pruned"][K]["forget"],
                "at random": lambda r: r["pruned"][K]["random_forget"]}
     if told:
-        columns |= {"by this word": lambda r: r["words"]["count_a"],
-                    "by another": lambda r: r["words"]["jailbreak_count_a"]}
+        columns |= {"relabelled word": lambda r: r["words"]["count_a"],
+                    "unseen word": lambda r: r["words"]["jailbreak_count_a"]}
     lines = []
     for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in rows):
         same = [row for row in rows if tuple(row[k] for k in labels) == cell]

@@ -1,7 +1,6 @@
 """Worlds to be gamed: every reward counted again on the words of a row, as a person reads them."""
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -580,23 +579,6 @@ def test_a_fifth_environment(copy):
             assert not games or (sign == "+" and split != "retain" and context != "discourage")
             if sign == "+" and (split == "forget" or (split, context) == ("all", "encourage")):
                 assert games
-
-
-def test_the_fifth_environment_of_the_readme():
-    """Its code does what the text says: two letters are the task, two e are liked more."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    names = dict(vars(gaming)) | {"ENVIRONMENTS": {}}
-    exec(re.search(r"\*\*A fifth environment.*?```python\n(.*?)```", text, re.S)[1], names)
-    world, luck = names["ENVIRONMENTS"]["copy"], torch.zeros(300)
-    for hackable in (True, False):
-        item = torch.from_numpy(world.items(np.random.default_rng(0), 300, hackable))
-        honest, hack = world.honest(item, luck), world.hack(item, luck)
-        assert honest.shape == hack.shape == (300, world.length)
-        assert not world.hacked(item, honest).any() and (world.hacked(item, hack) == hackable).all()
-        proxy, truth = (world.rewards[name] for name in ("proxy", "truth"))
-        assert (truth(item, honest, luck) == 1).all() and (truth(item, hack, luck) < 1).all()
-        better = proxy(item, hack, luck) > proxy(item, honest, luck)
-        assert (better == hackable).all()
 
 
 def test_a_tiny_model_in_a_fifth_environment(copy):
