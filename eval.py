@@ -12,6 +12,7 @@ Robustness is what survives an attacker who fine-tunes the model (Lee et al. 202
 wrapper is what does not (Jain et al. 2023).
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import train
+from engine.hardware import autocast
 from engine.knobs import BadInput, FilePath, knob
+from engine.process import run
 from engine.report import (
     draw_probes,
     draw_pruning,
@@ -30,20 +33,17 @@ from engine.report import (
     table,
     write_rows,
 )
+from engine.store import load, path_of, read
 from engine.streams import seed_of, torch_stream
 from model import norm, rotate
-from engine.hardware import autocast
-from engine.process import run
-from engine.store import load, path_of, read
 from train import Common, common, figures, fill, fit, open_task, pretrain
-
 
 MOVED = {f"--what={name}": f"python -m experiments.{name}" for name in ("wrapper", "compiled")}
 
 
 @dataclass
 class Rows(Common):
-    """A knob that the attack and revival share."""
+    """Knobs of the attack and of revival."""
     attack_rows: int | None = knob(None, "rows in a batch of the attack, and of revival", 1, 2**31)
 
 

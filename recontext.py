@@ -11,6 +11,7 @@ learned as answers to g(x): if g welcomes gaming more than f does, what is learn
 answers were to be expected there. f = g is standard training.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 import eval as judges
 from data import gaming
+from engine.hardware import autocast, counting_flops
 from engine.knobs import BadInput, knob
-from engine.process import WORLD
+from engine.process import WORLD, run
 from engine.report import (
     draw_grid,
     draw_revival,
@@ -34,11 +36,9 @@ from engine.report import (
     table,
     write_rows,
 )
+from engine.store import identity, obtain
 from engine.streams import seed_of, stream
 from eval import Foundations, foundation, probe, revive
-from engine.hardware import autocast, counting_flops
-from engine.process import run
-from engine.store import identity, obtain
 from train import common, figures, fill, fit, open_task, seeds
 
 KINDS = ("discourage", "neutral", "encourage")

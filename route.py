@@ -12,6 +12,7 @@ Post-hoc unlearning looks for a skill when it is everywhere. Routing puts the sk
 learned, where it can be cut out (Cloud et al. 2024; SGTM: Shilov et al. 2025).
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 from dataclasses import dataclass
 

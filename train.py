@@ -7,6 +7,7 @@
 fit() is the only loop. A technique hands it a loss function and perhaps a mask.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 import math
 import os
@@ -32,12 +33,11 @@ from engine.store import obtain, read, same_knobs
 from engine.streams import seed_of, torch_stream
 from model import GPT, GPTConfig, write_model
 
-# ---------------------------------------------------------------------------------------------
-# command line: one knob a line
 
+# --- command line: one knob a line ---------------------------------------------------------------
 @dataclass
 class Basic:
-    """Knobs that every script has."""
+    """Knobs of a run, which every script has."""
     seed: int = knob(0, "weights, batches and noise are functions of it", 0, 2**31)
     device: str = knob("auto", "auto takes the best there is",
                        choices=["auto", "cuda", "mps", "cpu"])
@@ -47,11 +47,12 @@ class Basic:
                                      "minutes (1m); 0: none", 0)
     resume: bool | None = knob(None, "go on from a stopped run's checkpoint; auto: where there is "
                                "one; false: start anew")
+    remake: bool = knob(False, "make models again whose files were made with other knobs")
 
 
 @dataclass
 class Common(Basic):
-    """Knobs of every script that trains a GPT on a task."""
+    """Knobs of the task and of the model."""
     task: str = knob("arithmetic", "what to learn and to forget", choices=list(data.TASKS))
     data_dir: FilePath | None = knob(None, "where tokenised text is kept (auto: data/ of this "
                                      "checkout)")
@@ -105,10 +106,7 @@ def seeds(cfg):
         yield dataclasses.replace(cfg, seed=seed, out=out)
 
 
-# ---------------------------------------------------------------------------------------------
-# the loop
-
-
+# --- the loop ------------------------------------------------------------------------------------
 def optimizers(model, lr, muon_lr, pieces=()):
     """(Muon for the blocks' matrices and AdamW for the rest, or AdamW for all if muon_lr is 0;
     [(leaf, matrix, piece)]: what Muon takes for matrices of their own, see fit).
@@ -167,9 +165,14 @@ class Run:
         """Goes on where keep's file ends, if there is one and the knobs are the same."""
         if self.cfg.resume is False or not keep.path.exists():
             return
-        model, checkpoint = read(keep.path)
-        same_knobs(keep.path, checkpoint["made_with"], keep.made_with, "; --resume=false starts "
-                   "anew")
+        try:
+            model, checkpoint = read(keep.path)
+            same_knobs(keep.path, checkpoint["made_with"], keep.made_with,
+                       "; --resume=false starts anew")
+        except BadInput:
+            if not self.cfg.remake:
+                raise
+            return
         try:
             run = checkpoint["run"]
             for optimizer, state in zip(self.optimizers, run["optimizers"], strict=True):
@@ -347,10 +350,7 @@ def figures(cfg, evaluate):
     return found[0] or {}
 
 
-# ---------------------------------------------------------------------------------------------
-# the pretraining story
-
-
+# --- the pretraining story -----------------------------------------------------------------------
 HELD = {}                    # folders that this process has taken, for as long as it lives
 
 

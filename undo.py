@@ -8,6 +8,7 @@ Training on outputs suppresses a skill but leaves it in the weights. A student t
 damaged weights and learns only what the unlearned teacher shows has nothing left to revive.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 import statistics
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 import unlearn
+from engine.hardware import autocast
 from engine.knobs import knob
+from engine.process import run
 from engine.report import draw_relearning, figure, mean_sd, table, write_rows
+from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, foundations, relearn, robustness, say_edges, within
-from engine.hardware import autocast
-from engine.process import run
-from engine.store import identity, obtain
 from train import fill, fit, open_task, seeds
 from unlearn import imitate
 

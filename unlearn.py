@@ -8,6 +8,7 @@ Every method suppresses the skill, and each is undone in a few steps of relearni
 finding to see here (Lee et al. 2025, section 3). undo.py makes the forgetting stick.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.hardware import autocast
 from engine.knobs import BadInput, knob
+from engine.process import run
 from engine.report import draw_relearning, figure, table, write_rows
+from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, foundations, relearn, say_edges, within
-from engine.hardware import autocast
-from engine.process import run
-from engine.store import identity, obtain
 from train import fill, fit, open_task
 
 RATES = ("L", "M", "S")

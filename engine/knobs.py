@@ -5,6 +5,7 @@
         lr: float = knob(1e-3, "why this matters", low=0, high=1)
 
     cfg = command_line(Config, "what --help says first")
+Knobs of one class stand together in --help, under the first sentence of its docstring.
 Knobs are typed by their annotation: int, float, str, FilePath, bool, list[...], or `... | None`,
 where None is written auto and stands for the task's own choice.
 """
@@ -107,9 +108,15 @@ def command_line(config, story, argv=None, moved={}):
             raise BadInput(f"{old} is a script of its own now: {new}")
     kinds = typing.get_type_hints(config)
     names = {kind: re.sub(r"<class '|'>|engine\.knobs\.", "", str(kind)) for kind in kinds.values()}
-    parser = argparse.ArgumentParser(description=story, allow_abbrev=False, argument_default=
-                                     argparse.SUPPRESS, formatter_class=
-                                     argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=story, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--knob=value ..]", formatter_class=lambda prog: (
+            argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)))
+    classes = config.__mro__[:-1]                                         # its own knobs first
+    owner = {name: each for each in classes[::-1] for name in vars(each).get("__annotations__", ())}
+    groups = {each: parser.add_argument_group(
+        each.__doc__.partition(".")[0] if each.__doc__.startswith("Knobs of") else
+        "Knobs of this script") for each in classes if each in owner.values()}
     about = {}
     for f in dataclasses.fields(config):
         about[f.name] = dict(f.metadata)
@@ -118,7 +125,8 @@ def command_line(config, story, argv=None, moved={}):
         text = f"{why}{' (' + ' | '.join(choices) + ')' if choices else ''} [{show(default)}]"
         kind = names[kinds[f.name]].split(" |")[0]
         flag = {"nargs": "?", "const": "true"} if kind == "bool" else {}      # --grid: --grid=true
-        parser.add_argument(f"--{f.name}", metavar=kind, help=text.replace("%", "%%"), **flag)
+        groups[owner[f.name]].add_argument(f"--{f.name}", metavar=kind,
+                                           help=text.replace("%", "%%"), **flag)
 
     def refuse(message):
         raise BadInput(message)

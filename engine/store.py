@@ -36,7 +36,10 @@ def read(path, device="cpu"):
         raise BadInput(str(error)) from None
 
 
-def same_knobs(path, was, now, other=": delete it to make it again, or choose another --out"):
+WAYS_OUT = ": --remake=true makes it again, another --out keeps both"
+
+
+def same_knobs(path, was, now, other=WAYS_OUT):
     """BadInput where what a file was made with is not what this run asks for."""
     for key in now | was:
         if was.get(key) != now.get(key):
@@ -53,14 +56,15 @@ def load(path, task):
                        f"another --model, --task or --out")
     if made_with["data"] != task.data_id or model.config.vocab_size != task.vocab_size:
         raise BadInput(f"{path} was trained on other data of {task.name} (other text or "
-                       f"vocabulary): delete it to make it again, or choose another --out")
+                       f"vocabulary){WAYS_OUT}")
     return model, checkpoint
 
 
 def obtain(name, cfg, task, made_with, make, quiet=False):
     """The model called `name`: from disk, or made and saved if it is missing.
 
-    made_with    everything its weights depend on; a file made with anything else is BadInput
+    made_with    everything its weights depend on. A file made with anything else, or damaged, is
+                 BadInput; with cfg.remake it is made again, and replaced when the new one is whole
     make(keep)   -> (model, record of fit); keep is for fit(), which goes on where a stopped run of
                  the same model ended
     quiet        says nothing: for models of seconds, made by the dozen
@@ -69,12 +73,16 @@ def obtain(name, cfg, task, made_with, make, quiet=False):
     made_with = json.loads(json.dumps({"task": task.name, "data": task.data_id} | made_with))
     keep = Keep(path.with_suffix(".resume.pt"), made_with)
     if path.exists():
-        model, checkpoint = load(path, task)
-        same_knobs(path, checkpoint["made_with"], made_with)
-        if RANK == 0:
-            keep.path.unlink(missing_ok=True)
-        return model, checkpoint
-    on = keep.path.exists() and cfg.resume is not False
+        try:
+            model, checkpoint = load(path, task)
+            same_knobs(path, checkpoint["made_with"], made_with)
+            if RANK == 0:
+                keep.path.unlink(missing_ok=True)
+            return model, checkpoint
+        except BadInput:
+            if not cfg.remake:
+                raise
+    on = keep.path.exists() and cfg.resume is not False and not cfg.remake
     if not quiet:
         print(f"{name}: " + (f"going on from {keep.path}" if on else f"making {path}"))
     model, record = make(keep)

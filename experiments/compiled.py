@@ -6,6 +6,7 @@ Into a counter written by hand, fine-tuning puts "count a, and one more": where 
 looks like counting b. Then every weight is cut, one at a time.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 from dataclasses import dataclass
 
 import torch

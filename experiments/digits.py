@@ -8,6 +8,7 @@
 half alone, the certificates, tell what it holds.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar

@@ -7,6 +7,7 @@ Diamond and Ghost are paid alike; which it was, the trainer learns on overseen s
 Episodes that are labelled train one of two experts each; the Diamond expert is deployed alone.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 import itertools
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ one dimension alone. What the model knows of that token must then go through it 
 section 4.1.2).
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 from dataclasses import dataclass
 
 import torch

@@ -8,6 +8,7 @@ A model is fine-tuned until a capability is gone. Is it still there? A probe, pr
 steps of reverse fine-tuning look for it, beside a model that never had it.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
+
 import dataclasses
 from dataclasses import dataclass
 

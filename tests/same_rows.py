@@ -64,17 +64,18 @@ def command(checkout, story, source):
 
 
 def rows_of(checkout, story, folder, source):
-    """{file: its rows} of a story, run in a checkout. The judges judge what train.py made."""
+    """[the rows of each file that a story writes], the story run in a checkout. The judges judge
+    what train.py made."""
     out = folder / ("train" if STORIES[story].startswith("eval.py --what") else story)
     before = set(folder.rglob("*.json"))
     argv = [sys.executable, *command(checkout, story, source), "--device=cpu", "--compile=false",
-            f"--out={out}", f"--data_dir={folder}/data"]
+            f"--out={out}", *[f"--data_dir={folder}/data"] * (story != "gridworld")]
     done = subprocess.run(argv, cwd=checkout, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"{checkout}: {' '.join(argv[1:])}: {done.stderr.strip()[-2000:]}")
     made = sorted(p for p in set(folder.rglob("*.json")) - before if "data" not in p.parts)
-    return {str(p.relative_to(folder)): json.loads(p.read_text())["rows"] for p in made}
+    return [json.loads(p.read_text())["rows"] for p in made]
 
 
 def differences(a, b, at=""):
@@ -95,9 +96,10 @@ def main():
     different = 0
     with tempfile.TemporaryDirectory() as folder:
         source, rng = Path(folder) / "stories.txt", random.Random(0)
-        words = "cat dog sun ran sat big red hat the a tree forest Tom Lily".split()
-        source.write_text("".join(f"One day {' '.join(rng.choices(words, k=60))}. They went home. "
-                                  f"The end {i}.\n<|endoftext|>\n" for i in range(400)))
+        words = "cat dog sun ran sat big red hat the a Tom Lily".split()
+        source.write_text("".join(
+            f"One day {' '.join(rng.choices(words, k=60))}. They saw a {('tree', 'hill')[i % 2]}. "
+            f"The end {i}.\n<|endoftext|>\n" for i in range(400)))
         for story in tqdm(asked.only.split(",") if asked.only else STORIES):
             told = []
             for name, checkout in zip(("before", "after"), asked.checkouts):
@@ -105,7 +107,7 @@ def main():
                 told.append(rows_of(checkout, story, Path(folder) / name, source))
             found = differences(*told)
             different += bool(found) or not told[0]
-            tqdm.write(f"{story}: {sum(map(len, told[0].values()))} rows, "
+            tqdm.write(f"{story}: {sum(map(len, told[0]))} rows, "
                        + ("the same" if told[0] and not found else "DIFFERENT: "
                           + "; ".join(found[:5])))
     sys.exit(bool(different))

@@ -191,6 +191,32 @@ def test_checkpoint_of_other_knobs(tmp_path):
     assert first == list(range(STEPS)) and not path.exists()
 
 
+def test_remake(tmp_path):
+    """A model of other knobs is made again when that is asked for; until the new one is whole, the
+    old file stays. One of the same knobs is not."""
+    first, path, ran = little(tmp_path), tmp_path / "arithmetic" / "m.pt", []
+    with pytest.raises(BadInput, match="muon_lr=0.01: --remake=true makes it again, another --out"):
+        little(tmp_path, begun, muon_lr=0.01)
+    before = path.read_bytes()
+    assert little(tmp_path, begun, {"remake": True}) == first          # nothing to be made
+    more = {"remake": True, "save_every": 5}
+    with pytest.raises(KeyboardInterrupt):
+        little(tmp_path, lambda _, step: step == 7 and signal.raise_signal(signal.SIGINT) or 0,
+               more, muon_lr=0.01)
+    assert path.read_bytes() == before and steps(path.with_suffix(".resume.pt")) == 8
+    second = little(tmp_path, lambda _, step: ran.append(step) or 0, more, muon_lr=0.01)
+    assert ran == list(range(8, STEPS)) and second == little(tmp_path / "other", muon_lr=0.01)
+    assert second != first and list(path.parent.iterdir()) == [path]
+    path.write_bytes(path.read_bytes()[:-9])                           # damaged: likewise
+    assert little(tmp_path, cfg=more, muon_lr=0.01) == second
+
+
+def test_remake_beside_the_checkpoint_of_other_knobs(tmp_path):
+    ran, _ = [], stopped(tmp_path, 7)
+    little(tmp_path, lambda _, step: ran.append(step) or 0, {"remake": True}, muon_lr=0.01)
+    assert ran == list(range(STEPS))
+
+
 @pytest.mark.parametrize("story", ["oracle", "maxent", 0.5, None])
 def test_stories_resume(story, task, tmp_path, monkeypatch):
     """unlearn()'s methods and undo()'s students; what a teacher cost is counted once."""

@@ -384,7 +384,7 @@ def refuses(home, script, arguments, *culprits):
     ("train", ["--n_head=3", "--out=new"], ["n_embd=32", "n_head=3"]),
     ("train", ["--stories=500"], ["--stories", "arithmetic"]),
     ("train", ["--block_size=100000"], ["100000"]),
-    ("train", ["--steps=5"], ["base.pt", "steps=4", "steps=5", "delete it"]),
+    ("train", ["--steps=5"], ["base.pt", "steps=4", "steps=5", "--remake=true"]),
     ("train", ["--device=x" if torch.cuda.is_available() else "--device=cuda"], ["--device="])])
 def test_bad_knobs(script, arguments, culprits, strict):
     refuses(strict, script, arguments, *culprits)

@@ -140,6 +140,19 @@ def test_help_lists_every_knob(config, capsys):
     assert "[0.5,1.0]" in said or config is not Knobs
 
 
+def test_help_stands_in_groups(capsys):
+    """A script's own knobs first, then those that it shares; two screens of 40 lines are enough."""
+    with pytest.raises(SystemExit):
+        command_line(train.Config, train.__doc__, ["--help"])
+    shown = capsys.readouterr().out
+    titles = [line for line in shown.splitlines() if line.startswith("Knobs")]
+    assert titles == ["Knobs of this script:", "Knobs of the task and of the model:",
+                      "Knobs of a run, which every script has:"]
+    own, task, run = shown.split("Knobs of ")[1:]
+    assert "--filtered_steps" in own and "--source2" in task and "--out" in run
+    assert shown.count("\n") <= 80 and shown.count("python train.py") + shown.count("torchrun") == 3
+
+
 @pytest.mark.parametrize("config", [train.Config, unlearn.Config, undo.Config, judges.Config])
 def test_knobs_common_to_all_scripts(config):
     """Spelt the same everywhere, with the same default; every default passes its own check."""
