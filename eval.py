@@ -29,7 +29,7 @@ from engine.report import (
     draw_pruning,
     draw_relearning,
     draw_revival,
-    figure,
+    picture,
     table,
     write_rows,
 )
@@ -359,12 +359,10 @@ def judge_relearn(cfg, task, model):
             for step, at in curve.items()]
     unseen = {"forget_heldout_pairs": "unseen pairs"} if "forget_heldout_pairs" in before else {}
     write_rows("relearn", cfg, task, rows)
-    with figure("relearn", cfg, 1) as axes:
-        if axes is not None:
-            lines = {f"{cfg.model}, rate {lr:g}":
-                     {0: before["forget"]} | {step: at["forget"] for step, at in points.items()}
-                     for lr, points in result["curves"].items()}
-            draw_relearning(axes[0], task, lines)
+    picture("relearn", cfg, draw_relearning, task, {
+        f"{cfg.model}, rate {lr:g}": {0: before["forget"]} | {
+            step: at["forget"] for step, at in points.items()}
+        for lr, points in result["curves"].items()})
     table([row | {"rate": f"{row['lr']:g}" if row["lr"] else None} for row in rows],
           {"step": "step", "forget": "forget", "retain": "retain"} | unseen
           | {"rate": "worst rate"})
@@ -398,9 +396,7 @@ def judge_probe(cfg, task, model):
         rows.append({"model": name, "probe": seen, "chance": chance})
     columns = {f"block {i + 1}": f"block {i + 1}" for i in range(model.config.n_layer)}
     write_rows("probe", cfg, task, rows)
-    with figure("probe", cfg, 1) as axes:
-        if axes is not None:
-            draw_probes(axes[0], {row["model"]: row["probe"] for row in rows}, chance)
+    picture("probe", cfg, draw_probes, {row["model"]: row["probe"] for row in rows}, chance)
     table([row | dict(zip(columns, row["probe"])) for row in rows],
           {"model": "model", "chance": "commonest"} | columns)
 
@@ -411,9 +407,7 @@ def judge_prune(cfg, task, model):
     rows = [{"model": cfg.model, "neurons": 0} | before]
     rows += [{"model": cfg.model, "neurons": K} | at for K, at in found.items()]
     write_rows("prune", cfg, task, rows)
-    with figure("prune", cfg, 1) as axes:
-        if axes is not None:
-            draw_pruning(axes[0], task, {cfg.model: found}, cfg.domain)
+    picture("prune", cfg, draw_pruning, task, {cfg.model: found}, cfg.domain)
     table(rows, {k: k.replace("_", " ") for k in ("neurons", "forget", "random_forget", "retain",
                                                   "random_retain")})
 
@@ -429,9 +423,8 @@ def judge_revive(cfg, task, model):
         rows.append({"model": name, "before": curve[0], "after": [*curve.values()][-1],
                      "revive_steps": steps, "curve": curve})
     write_rows("revive", cfg, task, rows)
-    with figure("revive", cfg, 1) as axes:
-        if axes is not None:
-            draw_revival(axes[0], task, {row["model"]: row["curve"] for row in rows}, cfg.domain)
+    picture("revive", cfg, draw_revival, task, {row["model"]: row["curve"] for row in rows},
+            cfg.domain)
     table(rows, {"model": "model", "before": "before", "after": "after",
                  "revive_steps": f"steps to {goal:.3f} ±{cfg.tolerance:.0%}"})
 
@@ -487,16 +480,18 @@ def cross_examine(cfg, task):
     if most == 0:
         print(f"note: the control, {rows[1]['model']}, has the capability itself, so that there is "
               f"nothing to compare with: no verdicts; choose another --control")
+
+    def draw(axes):
+        name = {row["model"]: row for row in rows}
+        draw_probes(axes[0], {k: row["probe"] for k, row in name.items()}, rows[0]["chance"])
+        draw_pruning(axes[1], task, {k: row["pruned"] for k, row in name.items()}, cfg.domain)
+        draw_revival(axes[2], task, {k: row["curve"] for k, row in name.items()}, cfg.domain)
+        for ax in axes[:2]:
+            ax.get_legend().remove()
+        axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
     write_rows("examine", cfg, task, rows)
-    with figure("examine", cfg, 3) as axes:
-        if axes is not None:
-            name = {row["model"]: row for row in rows}
-            draw_probes(axes[0], {k: row["probe"] for k, row in name.items()}, rows[0]["chance"])
-            draw_pruning(axes[1], task, {k: row["pruned"] for k, row in name.items()}, cfg.domain)
-            draw_revival(axes[2], task, {k: row["curve"] for k, row in name.items()}, cfg.domain)
-            for ax in axes[:2]:
-                ax.get_legend().remove()
-            axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    picture("examine", cfg, draw, panels=3)
     table([row | {"probe": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
                   "random": row["pruned"][K][f"random_{cfg.domain}"],
                   "steps": f"> {cfg.revive_steps}" if row["revive_steps"] is None else

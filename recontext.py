@@ -30,7 +30,7 @@ from engine.process import WORLD, run
 from engine.report import (
     draw_grid,
     draw_revival,
-    figure,
+    picture,
     mean_sd,
     mean_steps,
     table,
@@ -437,11 +437,13 @@ def draw(cfg, rows):
     if not whole:
         print("picture: none, it shows whole grids")
         return
-    with figure("recontext", cfg, len(whole)) as axes:
-        if axes is not None:
-            for ax, grid in zip(axes, whole.values()):
-                draw_grid(ax, [[np.mean(grid[f, g]) for g in KINDS] for f in KINDS], KINDS,
-                          np.mean(grid["before"]), grid["title"])
+
+    def draw(axes):
+        for ax, grid in zip(axes, whole.values()):
+            draw_grid(ax, [[np.mean(grid[f, g]) for g in KINDS] for f in KINDS], KINDS,
+                      np.mean(grid["before"]), grid["title"])
+
+    picture("recontext", cfg, draw, panels=len(whole))
 
 
 def wrapped(cfg):
@@ -474,14 +476,16 @@ def wrapped(cfg):
                      "probe": mean_sd([r["probe"][-1] for r in same], 2),
                      "revived in": mean_steps([r["revive_steps"] for r in same],
                                               tools.revive_steps)})
-    write_rows("recontext-revive", cfg, task, rows)
     envs = list(dict.fromkeys(row["env"] for row in rows))
-    with figure("recontext-revive", cfg, len(envs)) as axes:
-        if axes is not None:
-            for ax, env in zip(axes, envs):
-                draw_revival(ax, task, {row["model"]: row["curve"] for row in rows if
-                                        (row["env"], row["seed"]) == (env, cfg.seed)}, "forget")
-                ax.set(title=env, ylabel="hack rate, neutral prompt")
+
+    def draw(axes):
+        for ax, env in zip(axes, envs):
+            draw_revival(ax, task, {row["model"]: row["curve"] for row in rows if
+                                    (row["env"], row["seed"]) == (env, cfg.seed)}, "forget")
+            ax.set(title=env, ylabel="hack rate, neutral prompt")
+
+    write_rows("recontext-revive", cfg, task, rows)
+    picture("recontext-revive", cfg, draw, panels=len(envs))
     table(told, {k: k for k in told[0]})
 
 

@@ -25,7 +25,7 @@ import unlearn
 from engine.hardware import autocast
 from engine.knobs import BadInput, knob
 from engine.process import run
-from engine.report import figure, mean_sd, table, write_rows
+from engine.report import mean_sd, picture, table, write_rows
 from engine.store import identity, obtain
 from engine.streams import seed_of, stream
 from eval import Attack, attacked, relearn, say_edges
@@ -495,9 +495,7 @@ def main(cfg):
                "retain": "ablated", "retain_finetuned": "tuned", "forget_before": "forget",
                "forget": "ablated", "forget_finetuned": "tuned", "forget_raw": "raw"}
     write_rows("route-language", cfg, task, rows)
-    with figure("route-language", cfg, 3) as axes:
-        if axes is not None:
-            draw_language(axes, rows, cfg)
+    picture("route-language", cfg, draw_language, rows, cfg, panels=3)
     table(summary(rows, cfg), columns | {f"after {s}": f"after {s}" for s in cfg.attack_steps})
     say_edges(rows, cfg, "method")
 

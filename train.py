@@ -28,7 +28,7 @@ from engine.disk import alone, remove_leftovers
 from engine.hardware import autocast, counting_flops, hardware, should_compile
 from engine.knobs import BadInput, FilePath, Minutes, knob
 from engine.process import RANK, WORLD, anywhere, patience, run, together
-from engine.report import figure, table, write_rows
+from engine.report import picture, table, write_rows
 from engine.store import obtain, read, same_knobs
 from engine.streams import seed_of, torch_stream
 from model import GPT, GPTConfig, write_model
@@ -428,16 +428,18 @@ def main(cfg):
         with autocast(cfg):
             rows.append({"model": name} | task.score(model, finer=True)
                         | {"flops": record["flops"], "history": record["history"]})
+
+    def draw(axes):
+        for row in rows:
+            for ax, key, label in ((axes[0], "loss", "training loss (nats per token)"),
+                                   (axes[1], "retain", "retain score, held out")):
+                ax.plot([h["step"] for h in row["history"]],
+                        [h[key] for h in row["history"]], label=row["model"])
+                ax.set(xlabel="step", ylabel=label)
+                ax.legend()
+
     write_rows("train", cfg, task, rows)
-    with figure("train", cfg, 2) as axes:
-        if axes is not None:
-            for row in rows:
-                for ax, key, label in ((axes[0], "loss", "training loss (nats per token)"),
-                                       (axes[1], "retain", "retain score, held out")):
-                    ax.plot([h["step"] for h in row["history"]],
-                            [h[key] for h in row["history"]], label=row["model"])
-                    ax.set(xlabel="step", ylabel=label)
-                    ax.legend()
+    picture("train", cfg, draw, panels=2)
     table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
 
 

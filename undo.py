@@ -19,7 +19,7 @@ import unlearn
 from engine.hardware import autocast
 from engine.knobs import knob
 from engine.process import run
-from engine.report import draw_relearning, figure, mean_sd, table, write_rows
+from engine.report import draw_relearning, mean_sd, picture, table, write_rows
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, foundations, relearn, robustness, say_edges, within
@@ -223,9 +223,7 @@ def main(cfg):
     last, lines = cfg.attack_steps[-1], summary(rows, cfg)
     unseen = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}"}
     write_rows("undo", cfg, task, rows)
-    with figure("undo", cfg, 2) as axes:
-        if axes is not None:
-            draw(axes, rows, task, cfg)
+    picture("undo", cfg, draw, rows, task, cfg, panels=2)
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | {f"relearned {s}": f"after {s}" for s in shown}
           | {k: header for k, header in unseen.items() if k in lines[0]}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from engine.hardware import autocast
 from engine.knobs import BadInput, knob
 from engine.process import run
-from engine.report import draw_relearning, figure, table, write_rows
+from engine.report import draw_relearning, picture, table, write_rows
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, foundations, relearn, say_edges, within
@@ -234,10 +234,8 @@ def main(cfg):
     flat = [row | row["relearned"] | {"unseen": row.get("relearned_heldout_pairs", {}).get(
         str(given[0].attack_steps[-1]))} for row in rows]
     write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
-    with figure("unlearn", cfg, 1) as axes:
-        if axes is not None:
-            draw_relearning(axes[0], task, {row["model"]: {0: row["forget"]} | {
-                int(step): score for step, score in row["relearned"].items()} for row in rows})
+    picture("unlearn", cfg, draw_relearning, task, {row["model"]: {0: row["forget"]} | {
+        int(step): score for step, score in row["relearned"].items()} for row in rows})
     table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
           | {str(step): f"after {step}" for step in given[0].attack_steps}
           | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import statistics
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from engine.disk import write
@@ -71,39 +70,30 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
 
 
-@contextmanager
-def figure(script, cfg, panels):
-    """Yields `panels` axes and saves OUT/TASK/SCRIPT.png. Where that cannot be (no matplotlib, a
-    full disk, anything else), one line says so: the rows are there. Axes are then None, or lost."""
-    def none(error):
+def picture(name, cfg, draw, *given, panels=None):
+    """Saves OUT/TASK/NAME.png, which draw(ax, *given) draws; draw(axes, *given) on several panels.
+    Where that cannot be (no matplotlib, a full disk, anything else), one line says so: the rows
+    are there.
+    """
+    if RANK:
+        return
+    os.environ["MPLBACKEND"] = "agg"                  # Colab names one that is not everywhere
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        cycle = matplotlib.cycler(linestyle=["-", "-."]) * matplotlib.cycler(color=COLOURS)
+        with matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycle}):
+            whole = Figure(figsize=(6.5 * (panels or 1), 4.8), layout="constrained")
+            axes = whole.subplots(1, panels or 1, squeeze=False)[0]
+            draw(axes if panels else axes[0], *given)
+            path, image = Path(cfg.out) / cfg.task / f"{name}.png", io.BytesIO()
+            whole.savefig(image, dpi=130)
+        write(path, image.getvalue())
+        print(f"picture: {path}")
+    except Exception as error:
         print("picture: none, " + (
             "pip install matplotlib draws it" if isinstance(error, ImportError) else
             f"{type(error).__name__}: {error}".partition("\n")[0]))
-
-    axes = None
-    with ExitStack() as style:
-        if RANK == 0:
-            try:
-                os.environ["MPLBACKEND"] = "agg"      # Colab names one that is not everywhere
-                import matplotlib
-                from matplotlib.figure import Figure
-                cycle = matplotlib.cycler(linestyle=["-", "-."]) * matplotlib.cycler(color=COLOURS)
-                style.enter_context(matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycle}))
-                drawing = Figure(figsize=(6.5 * panels, 4.8), layout="constrained")
-                axes = drawing.subplots(1, panels, squeeze=False)[0]
-            except Exception as error:
-                none(error)
-        try:
-            yield axes
-            if axes is not None:
-                path, image = Path(cfg.out) / cfg.task / f"{script}.png", io.BytesIO()
-                drawing.savefig(image, dpi=130)
-                write(path, image.getvalue())
-                print(f"picture: {path}")
-        except Exception as error:
-            if axes is None:
-                raise
-            none(error)
 
 
 # --- pictures that several stories draw ----------------------------------------------------------

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import pcfg
 from engine.knobs import knob
 from engine.process import run
-from engine.report import figure, table, write_rows
+from engine.report import picture, table, write_rows
 from engine.streams import seed_of
 from eval import tune
 from model import GPT, GPTConfig
@@ -85,15 +85,17 @@ def main(cfg):
                      "best": [share for share, *_ in shares[:20]],
                      "mean": sum(share for share, *_ in shares) / len(shares),
                      "revive_steps": back["steps"]})
+
+    def draw(ax):
+        for row in rows:
+            ax.plot(range(1, 1 + len(row["best"])), row["best"], marker="o",
+                    label=f"seed {row['seed']}")
+        ax.set(xlabel="weights, the best to cut first", ylabel="accuracy, count a",
+               title="Cut one weight of a counter that was taught to add one")
+        ax.legend()
+
     write_rows("compiled", cfg, task, rows)
-    with figure("compiled", cfg, 1) as axes:
-        if axes is not None:
-            for row in rows:
-                axes[0].plot(range(1, 1 + len(row["best"])), row["best"], marker="o",
-                             label=f"seed {row['seed']}")
-            axes[0].set(xlabel="weights, the best to cut first", ylabel="accuracy, count a",
-                        title="Cut one weight of a counter that was taught to add one")
-            axes[0].legend()
+    picture("compiled", cfg, draw)
     table(rows, {"seed": "seed", "compiled": "compiled", "steps": "tuned in", "wrapped": "count a",
                  "plus one": "a plus one", "pruned": "one weight cut", "weight": "which",
                  "second": "next best", "mean": "mean", "revive_steps": "revived in"}, digits=3)

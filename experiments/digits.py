@@ -20,7 +20,7 @@ from data.digits import load
 from engine.hardware import autocast, hardware
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import RANK, WORLD, run
-from engine.report import figure, folder_of, mean_sd, table, write_rows
+from engine.report import folder_of, mean_sd, picture, table, write_rows
 from engine.streams import stream, torch_stream
 from model import mlp
 from route import route
@@ -168,15 +168,18 @@ def main(cfg):
                     pictures[name] = x_val[two], *model(x_val[two], low_val[two])[2:]
     columns = {"error_0_4": "0-4", "error_5_9": "5-9", "ratio": "ratio",
                "absolute_0_4": "|0-4|", "absolute_5_9": "|5-9|"}
-    write_rows("digits", cfg, None, rows)
-    with figure("digits", cfg, 2) as axes:
-        for ax, (name, shown) in zip([] if axes is None else axes, pictures.items()):
+
+    def draw(axes):
+        for ax, (name, shown) in zip(axes, pictures.items()):
             lines = [torch.cat(list(images), 1) for ten in (slice(0, 10), slice(10, 20))
                      for images in (p.float().cpu().view(20, 28, 28)[ten] for p in shown)]
             ax.imshow(torch.cat(lines), cmap="gray", vmin=-1, vmax=1)
             ax.set(title=name, xticks=[], yticks=[14 + 28 * i for i in range(6)],
                    yticklabels=["original", "top half", "bottom half"] * 2)
             ax.grid(False)
+
+    write_rows("digits", cfg, None, rows)
+    picture("digits", cfg, draw, panels=2)
     table([{"setting": name} | {key: mean_sd([r[key] for r in rows if r["setting"] == name], 3)
                                 for key in columns} for name in pictures],
           {"setting": "bottom half alone"} | columns)

@@ -22,7 +22,7 @@ from data.gridworld import CELLS, DIAMOND, DISCOUNT, GHOST, HORIZON, NOTHING, Gr
 from engine.hardware import autocast, counting_flops, hardware
 from engine.knobs import BadInput, knob
 from engine.process import WORLD, run
-from engine.report import figure, folder_of, mean_sd, table, write_rows
+from engine.report import folder_of, mean_sd, picture, table, write_rows
 from engine.streams import torch_stream
 from model import mlp
 from route import route
@@ -200,9 +200,7 @@ def main(cfg):
         return [r[key] for r in rows if (r["method"], r["oversight"]) == (method, level)]
 
     write_rows("gridworld", cfg, None, rows)
-    with figure("gridworld", cfg, 2) as axes:
-        if axes is not None:
-            draw(axes, cfg, of, [h["step"] for h in rows[0]["history"]])
+    picture("gridworld", cfg, draw, cfg, of, [h["step"] for h in rows[0]["history"]], panels=2)
     table([{"method": method + ", stopped early" * (key == "early")}
            | {p: mean_sd(of(method, p, key), 2) for p in cfg.oversight}
            for key in ("return", "early") for method in OVERSEERS],

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from engine.hardware import autocast
 from engine.knobs import BadInput, knob
 from engine.process import run
-from engine.report import figure, table, write_rows
+from engine.report import picture, table, write_rows
 from engine.store import obtain
 from engine.streams import seed_of
 from route import recipe, route
@@ -129,17 +129,19 @@ def main(cfg):
             model, _ = steered(name, ids, task, own)
             with torch.no_grad(), autocast(cfg):
                 rows.append({"model": name, "seed": own.seed} | measure(model, ids, task, own))
+
+    def draw(ax):
+        for row in rows:
+            ax.plot([float(s) for s in row["curve"]], list(row["curve"].values()), marker="o",
+                    label=row["model"] if row in rows[:2] else None,
+                    color={"routed": "#0072B2", "control": "#D55E00"}[row["model"]])
+        ax.set(xlabel="push along one residual dimension (lengths of the residual)",
+               ylabel=f"mean probability of {' or '.join(map(repr, cfg.token))}",
+               yscale="log", title="One dimension, one token")
+        ax.legend()
+
     write_rows("steer", cfg, task, rows)
-    with figure("steer", cfg, 1) as axes:
-        if axes is not None:
-            for row in rows:
-                axes[0].plot([float(s) for s in row["curve"]], list(row["curve"].values()),
-                             marker="o", label=row["model"] if row in rows[:2] else None,
-                             color={"routed": "#0072B2", "control": "#D55E00"}[row["model"]])
-            axes[0].set(xlabel="push along one residual dimension (lengths of the residual)",
-                        ylabel=f"mean probability of {' or '.join(map(repr, cfg.token))}",
-                        yscale="log", title="One dimension, one token")
-            axes[0].legend()
+    picture("steer", cfg, draw)
     table([row | {"neighbours": " ".join(map(repr, row["neighbours"]))} for row in rows],
           {"model": "model", "seed": "seed", "rank": "rank", "prob_down": f"P pushed -{cfg.push:g}",
            "prob": "P", "prob_up": f"P pushed +{cfg.push:g}",

@@ -23,7 +23,7 @@ from engine.report import (
     draw_probes,
     draw_pruning,
     draw_revival,
-    figure,
+    picture,
     mean_sd,
     mean_steps,
     table,
@@ -152,13 +152,9 @@ def main(cfg):
     told = summary(rows, cfg)
     write_rows("wrapper", cfg, task, [
         in_the_papers_words(row) if prior else row for row in rows])
-    with figure("wrapper", cfg, 3) as axes:
-        if axes is not None:
-            draw_wrapper(axes, rows, task)
+    picture("wrapper", cfg, draw_wrapper, rows, task, panels=3)
     if task.name == "pcfg":
-        with figure("wrapper-attention", cfg, 2) as axes:
-            if axes is not None:
-                show_attention(axes, task, pictured)
+        picture("wrapper-attention", cfg, show_attention, task, pictured, panels=2)
     table(told, {k: HEADERS.get(k, k) for k in told[0]})
 
 

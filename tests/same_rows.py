@@ -74,6 +74,8 @@ def rows_of(checkout, story, folder, source):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"{checkout}: {' '.join(argv[1:])}: {done.stderr.strip()[-2000:]}")
+    if "picture: none, " in done.stdout.replace("none, pip install", ""):
+        tqdm.write(f"{checkout}, {story}: {done.stdout.partition('picture: ')[2]}")
     made = sorted(p for p in set(folder.rglob("*.json")) - before if "data" not in p.parts)
     return [json.loads(p.read_text())["rows"] for p in made]
 

@@ -403,6 +403,7 @@ def script(path, *arguments, module=route):
     name = ["route.py"] if module is route else ["-m", module.__name__]
     got = subprocess.run([sys.executable, *name, *argv(path, module, arguments)], cwd=ROOT,
                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "picture: none, " not in got.stdout.replace("none, pip install", "")
     return got.returncode, got.stdout, got.stderr
 
 

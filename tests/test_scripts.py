@@ -53,6 +53,7 @@ class Home:
         got = subprocess.run([sys.executable, str(ROOT / f"{script}.py"),
                               *self.argv(script, arguments)], cwd=self.path, capture_output=True,
                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+        assert "picture: none, " not in got.stdout.replace("none, pip install", "")
         return got.returncode, got.stdout, got.stderr
 
     def call(self, script, *arguments):
