@@ -227,9 +227,9 @@ def draw(axes, cfg, of, steps):
             ax.fill_between(x, mean - sd, mean + sd, alpha=0.15)
     axes[0].set(xlabel="oversight: share of squares that are labelled", xscale="log",
                 xticks=sorted(cfg.oversight), xticklabels=[f"{p:g}" for p in sorted(cfg.oversight)],
-                ylabel="return of the deployed policy", title="What few labels buy")
+                ylabel="return of the deployed policy", title="Return against oversight")
     axes[0].minorticks_off()
-    axes[1].set(xlabel="training steps", ylabel="return", title=f"Oversight {shown:g}")
+    axes[1].set(xlabel="training steps", ylabel="return", title=f"Learning curves, oversight {shown:g}")
     axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
