@@ -37,7 +37,7 @@ STORIES = {
     "examine": f"eval.py --what=examine {QUICK} --models=base",
     "language": f"route.py {ROUTE} --forget_units=16 --expand=16 --coherence_steps=1 --seeds=2 "
                 "--label_fractions=1,.5 --with_posthoc=true --alphas=.5",
-    "steer": f"route.py steer {ROUTE} --n_layer=3 --token=the",
+    "steer": f"route.py steer {SIZE} --n_layer=3 --steps=4 --batch_size=8 --stories=200",
     "digits": "route.py digits --width=16 --steps=4 --batch_size=16 --seeds=2",
     "gridworld": "route.py gridworld --oversight=.1,.5 --width=8 --steps=2 --seeds=2",
     "wrapper": f"eval.py wrapper {SIZE} {QUICK} --base_steps=4 --filtered_steps=3 --tune_steps=2 "
@@ -100,8 +100,9 @@ def main():
         source, rng = Path(folder) / "stories.txt", random.Random(0)
         words = "cat dog sun ran sat big red hat the a Tom Lily".split()
         source.write_text("".join(
-            f"One day {' '.join(rng.choices(words, k=60))}. They saw a {('tree', 'hill')[i % 2]}. "
-            f"The end {i}.\n<|endoftext|>\n" for i in range(400)))
+            f"One day {'. '.join(' '.join(rng.choices(words, k=6)) for _ in range(9))}. "
+            f"They saw a {('tree', 'hill')[i % 2]}. The end {i}.\n<|endoftext|>\n"
+            for i in range(400)))
         for story in tqdm(asked.only.split(",") if asked.only else STORIES):
             told = []
             for name, checkout in zip(("before", "after"), asked.checkouts):
