@@ -30,9 +30,9 @@ from engine.process import WORLD, run
 from engine.report import (
     draw_grid,
     draw_revival,
-    picture,
     mean_sd,
     mean_steps,
+    picture,
     table,
     write_rows,
 )

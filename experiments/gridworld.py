@@ -229,7 +229,8 @@ def draw(axes, cfg, of, steps):
                 xticks=sorted(cfg.oversight), xticklabels=[f"{p:g}" for p in sorted(cfg.oversight)],
                 ylabel="return of the deployed policy", title="Return against oversight")
     axes[0].minorticks_off()
-    axes[1].set(xlabel="training steps", ylabel="return", title=f"Learning curves, oversight {shown:g}")
+    axes[1].set(xlabel="training steps", ylabel="return",
+                title=f"Learning curves, oversight {shown:g}")
     axes[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -23,9 +23,9 @@ from engine.report import (
     draw_probes,
     draw_pruning,
     draw_revival,
-    picture,
     mean_sd,
     mean_steps,
+    picture,
     table,
     write_rows,
 )
