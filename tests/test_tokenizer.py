@@ -90,7 +90,7 @@ def test_against_brute_force_on_long_words(letters):
 
 
 def work(text, vocab_size=300):
-    """Lines of Python that training takes on a text: a time that no neighbour disturbs."""
+    """Lines of tokenizer.py that training runs on a text: a measure of time without noise."""
     count = 0
 
     def line(frame, event, arg):
@@ -99,7 +99,7 @@ def work(text, vocab_size=300):
         return line
 
     before = sys.gettrace()
-    sys.settrace(lambda frame, *_: line if frame.f_code is tokenizer.train.__code__ else None)
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename == tokenizer.__file__ else None)
     try:
         tokenizer.train([text], vocab_size)
     finally:
@@ -117,7 +117,7 @@ def test_a_long_word_costs_no_more_than_short_ones():
 
 def test_only_so_many_words_teach(monkeypatch):
     """The most frequent: what is rare in a text of too many words merges nothing."""
-    monkeypatch.setattr(tokenizer, "ENOUGH", 20)
+    monkeypatch.setattr(tokenizer, "TRAINING_BYTES", 20)
     learned = spelt(tokenizer.train(["xy " * 9 + "pqpqpqpq " * 2 + "lmlmlmlmlmlmlmlm" * 3], 300))
     assert b"xy" in learned and b"pq" in learned and not [t for t in learned[256:] if b"ml" in t]
 
