@@ -188,6 +188,37 @@ def test_the_counter_counts_to_the_ends(low, counter):
             assert low.tokenizer.decode(counter(idx)[0, -1:].argmax(-1).tolist()) == str(count)
 
 
+def test_the_example_in_compile_counters_docstring():
+    """Its numbers, from the embedding to the logits, as the model computes them."""
+    task = data.load("pcfg", block_size=14)
+    gpt = GPT(GPTConfig(task.vocab_size, 14, n_layer=1, n_head=1, n_embd=16, n_units=4))
+    pcfg.compile_counter(gpt, task)
+    x = np.array([["abcd".index(letter) for letter in "abdbdcdd"]], np.uint8)
+    idx, _ = pcfg.ask(task, x, "count", np.array([1]))
+    seen = {}
+    embedded, after = (x[0] for x in gpt.residuals(
+        idx, hook=lambda site, i, h: seen.setdefault(site, h)))
+
+    def close(got, *right):
+        torch.testing.assert_close(got, torch.tensor(right), rtol=5e-3, atol=0)
+
+    channels = [pcfg.SYMBOLS[1], pcfg.SYMBOLS[4], pcfg.EQUALS]
+    torch.testing.assert_close(embedded[[2, 10, 12]], 4 * torch.eye(16)[channels])    # b, B, =
+    close(seen["heads"][0, -1, 0, [1, 4]], 0.615, 0.308)
+    close(after[-1, pcfg.MEANS[[1, 4]]], 0.0615, 0.0308)
+    close(seen["units"][0, -1], 0.0, 3.8e-7, 0.0, 0.9996)
+    close(gpt.blocks[0].mlp.down.weight[pcfg.SQUARE, [1]], 165_000.0)
+    close(after[-1, [pcfg.SQUARE, pcfg.ONE]], 0.0625, 1.0)
+    logits = gpt(idx)[0, -1] / 0.97
+    numbers = [task.tokenizer.encode_single_token(str(k)) for k in range(9)]
+    close(logits[numbers[:6]], 8.0, 15.0, 24.0, -1.0, -120.0, -417.0)
+    assert logits.argmax() == numbers[2] and (logits[numbers[6:]] < -417).all()
+    logits[numbers] = 0
+    (other,) = logits.nonzero()[:, 0].tolist()                        # but for numbers, all are 0
+    assert other == task.tokenizer.encode_single_token("=")
+    close(logits[[other]], 4.0)
+
+
 def test_the_counters_function_does_not_depend_on_how_quiet_it_is(low, counter):
     loud = counter.clone()
     pcfg.compile_counter(loud, low, quiet=1.0)
