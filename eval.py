@@ -6,7 +6,7 @@
     python eval.py --what=probe --model=maxent       can a linear layer read the answer off it?
     python eval.py --what=prune --model=maxent       does cutting a few neurons bring it back?
     python eval.py --what=revive --model=maxent      how few steps of fine-tuning bring it back?
-    python eval.py --what=examine --task=language    the last three on every model in OUT/TASK/
+    python -m experiments.examine --task=language    the last three on every model that is there
 
 Robustness is what survives an attacker who fine-tunes the model (Lee et al. 2025, section 3); a
 wrapper is what does not (Jain et al. 2023).
@@ -15,7 +15,6 @@ import engine.start  # noqa: F401, I001  (before torch is loaded)
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +29,17 @@ from engine.report import (
     draw_relearning,
     draw_revival,
     picture,
+    say_edges,
     table,
     write_rows,
 )
 from engine.store import load, path_of, read
 from engine.streams import seed_of, torch_stream
-from model import norm, rotate
-from train import Common, common, figures, fill, fit, open_task, pretrain
+from model import norm
+from train import Common, config_from, evaluated, fill, fit, open_task, pretrain
 
-MOVED = {f"--what={name}": f"python -m experiments.{name}" for name in ("wrapper", "compiled")}
+MOVED = {f"--what={name}": f"python -m experiments.{name}"
+         for name in ("wrapper", "compiled", "examine")}
 
 
 @dataclass
@@ -90,46 +91,53 @@ class Tools(Rows):
 @dataclass
 class Config(AfterBase, Tools):
     what: str = knob("score", "which judge", choices=["score", "relearn", "sample", "probe",
-                                                      "prune", "revive", "examine"])
-    model: FilePath = knob("base", "a name in OUT/TASK/, or a path that ends in .pt")
-    models: list[FilePath] | None = knob(None, "examine: which (auto: all in OUT/TASK/)")
-    reference: FilePath = knob("base", "revive, examine: the model that has the capability")
-    control: FilePath = knob("filtered", "revive, examine: the model that never had it")
+                                                      "prune", "revive"])
+    model: FilePath = knob("base", "a name in OUT/TASK/seedN/, or a path that ends in .pt")
+    reference: FilePath = knob("base", "revive: the model that has the capability")
+    control: FilePath = knob("filtered", "revive: the model that never had it")
     prompt: str = knob("", "sample: the text to continue")
     tokens: int = knob(32, "sample: most tokens to add", 1)
     temperature: float = knob(0.0, "sample: 0 is greedy, 1 the model's own distribution", 0, 10)
 
 
-def worse(a, b, task):
-    """Whether forget score a shows more of the forgotten skill than b."""
-    return a > b if task.higher_is_better else a < b
+# --- settings: what auto knobs stand for, by task -------------------------------------------------
+WORDS = dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16)
+STRINGS = dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40])
+ATTACK = {"arithmetic": WORDS, "language": WORDS | dict(attack_steps=[10, 20, 40, 60, 80]),
+          "tinystories": WORDS, "bilingual": WORDS, "instruct": WORDS,
+          "pcfg": STRINGS | dict(attack_rows=64), "gaming": STRINGS | dict(attack_rows=32)}
+LOOK = dict(cut=[5, 10, 20, 40, 76], check_every=5)
+REAL = LOOK | dict(probe_rows=64, revive_lr=1e-3, revive_steps=300)
+TOOLS = {"arithmetic": LOOK | dict(probe_rows=256, revive_lr=1e-3, revive_steps=800),
+         "language": LOOK | dict(probe_rows=512, revive_lr=1e-3, revive_steps=800),
+         "tinystories": REAL, "bilingual": REAL,
+         "instruct": LOOK | dict(probe_rows=64, revive_lr=3e-4, revive_steps=400),
+         "pcfg": LOOK | dict(probe_rows=3000, revive_lr=3e-4, revive_steps=400,
+                             cut=[5, 10, 20, 38]),
+         "gaming": dict(probe_rows=3000, revive_lr=3e-4, revive_steps=800, check_every=1,
+                        cut=[5, 10, 20, 40])}
 
 
-def within(score, reference, share, task):
-    """Whether a score is at most `share` worse, as knowledge, than a reference score."""
-    if task.higher_is_better:
-        return score >= (1 - share) * reference
-    return score <= (1 + share) * reference
+def fill_attack(cfg):
+    """cfg, its auto knobs of the attack, of the pretrained models and of their size filled."""
+    return fill(fill(fill(cfg, ATTACK), train.SETTINGS, "base_"), train.SETTINGS)
 
 
 def foundation(name, cfg, task):
     """(model, record) of base or filtered, from disk or made."""
-    return pretrain(name, train.Config(**common(cfg), steps=cfg.base_steps,
-                                       filtered_steps=cfg.filtered_steps), task)
+    return pretrain(name, config_from(cfg, train.Config, steps=cfg.base_steps,
+                                      filtered_steps=cfg.filtered_steps), task)
 
 
 def foundations(cfg, task):
-    """(base, filtered), each a (model, record), from disk or made."""
+    """(base, filtered), likewise."""
     return foundation("base", cfg, task), foundation("filtered", cfg, task)
 
 
 # --- fine-tuning, as an attack and as a test -----------------------------------------------------
 def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, **how):
     """(a copy of model, fine-tuned by AdamW on batches of a split or of {split: share}; fit's
-    record).
-
-    judge(copy)   figures to keep in the record's history; how: what else fit takes
-    """
+    record). judge(copy): figures to keep in the record's history; how: what else fit takes."""
     copy = model.clone()
 
     def loss_fn(model, step):
@@ -164,7 +172,7 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
     for step in cfg.attack_steps:
         lr = cfg.lrs[0]
         for other in cfg.lrs[1:]:
-            if worse(curves[other][step]["forget"], curves[lr][step]["forget"], task):
+            if task.knows_more(curves[other][step]["forget"], curves[lr][step]["forget"]):
                 lr = other
         worst[step] = curves[lr][step] | {"lr": lr}
     return {"curves": curves, "worst": worst}
@@ -173,22 +181,10 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
 def attacked(worst):
     """A row's figures of relearn()'s "worst", by step: {"relearned": forget score, "rates": the
     worst rate}, and relearned_.. for each further forget_.. score, at that rate."""
-    figures = {"relearned": "forget", "rates": "lr"} | {
+    names = {"relearned": "forget", "rates": "lr"} | {
         f"relearned_{k.removeprefix('forget_')}": k for k in next(iter(worst.values()))
         if k.startswith("forget_")}
-    return {name: {str(step): at[k] for step, at in worst.items()} for name, k in figures.items()}
-
-
-def say_edges(rows, cfg, name="model"):
-    """One line where the worst rate is the smallest or largest of those tried, at the attack's last
-    step: then the grid is too small, and a rate beyond it may be worse. rows: with attacked()."""
-    last, found = str(cfg.attack_steps[-1]), {}
-    for row in rows:
-        if row["rates"][last] in (min(cfg.lrs), max(cfg.lrs)):
-            found.setdefault(row["rates"][last], {})[row[name]] = None
-    if len(cfg.lrs) > 1 and found:
-        print(f"note: after {last} steps the worst rate is at the edge of --lrs: " + "; ".join(
-            f"{lr:g} for {', '.join(names)}" for lr, names in found.items()))
+    return {name: {str(step): at[k] for step, at in worst.items()} for name, k in names.items()}
 
 
 def robustness(method, unlearned, filtered):
@@ -201,7 +197,7 @@ def robustness(method, unlearned, filtered):
 
 def scored(model, task, cfg):
     """{"retain", "forget", ..}: what is reported of a model, without finer figures."""
-    return figures(cfg, lambda: task.score(model))
+    return evaluated(cfg, lambda: task.score(model))
 
 
 def revive(model, task, cfg, goal, name="model"):
@@ -210,18 +206,18 @@ def revive(model, task, cfg, goal, name="model"):
 
     returns  (steps, {step: score}); steps is None where cfg.revive_steps are not enough
     """
-    def there(at):
-        return within(at[cfg.domain], goal, cfg.tolerance, task)
+    def revived(at):
+        return task.within(at[cfg.domain], goal, cfg.tolerance)
 
     curve = {0: scored(model, task, cfg)}
-    if there(curve[0]):
+    if revived(curve[0]):
         return 0, {0: curve[0][cfg.domain]}
     _, record = tune(model, task, cfg, cfg.domain, cfg.attack_rows, cfg.revive_steps,
                      cfg.revive_lr, seed=seed_of("revive", cfg.seed), name=f"revive {name}",
-                     stop=there, evaluate_at=range(0, cfg.revive_steps, cfg.check_every),
+                     stop=revived, evaluate_at=range(0, cfg.revive_steps, cfg.check_every),
                      judge=lambda model: task.score(model, (cfg.domain,)))
     curve |= {h["step"]: h for h in record["history"]}
-    return (record["steps"] if there(record["history"][-1]) else None,
+    return (record["steps"] if revived(record["history"][-1]) else None,
             {step: h[cfg.domain] for step, h in curve.items()})
 
 
@@ -231,15 +227,16 @@ def before_answers(model, task, cfg, part):
     """([(N, C)], (N,)): each block's residual where an answer is to come, normalised as the model's
     own readout sees it, and the answers. N: all targets of cfg.probe_rows rows of a part of
     cfg.domain's data; or, where the task says which are answers, those."""
-    idx, targets = task.whole(cfg.domain, cfg.probe_rows, 0, seed_of("probe", cfg.seed), part)
-    which = getattr(task.module, "answers", lambda task, idx, targets: targets >= 0)(
-        task, idx, targets)
-    seen = []
-    for some, here in zip(idx.split(250), which.split(250)):
+    idx, targets = task.undivided(cfg.domain, cfg.probe_rows, 0, seed_of("probe", cfg.seed), part)
+    every = torch.ones_like(targets, dtype=torch.bool)
+    mask = (task.module.answer_mask(task, idx, targets) if hasattr(task.module, "answer_mask")
+            else every)
+    chunks = []                                              # [[(n, C) for each block]]
+    for rows, where in zip(idx.split(250), mask.split(250)):
         with autocast(cfg):
-            stream = model.residuals(some)[1:]
-        seen.append([norm(x[:, -targets.size(1):].float())[here] for x in stream])
-    return [torch.cat(parts) for parts in zip(*seen)], targets[which]
+            stream = model.residuals(rows)[1:]
+        chunks.append([norm(x[:, -targets.size(1):].float())[where] for x in stream])
+    return [torch.cat(block) for block in zip(*chunks)], targets[mask]
 
 
 def probe(model, task, cfg, decay=1e-5):
@@ -249,15 +246,15 @@ def probe(model, task, cfg, decay=1e-5):
 
     returns  ([accuracy by block] on held-out rows, that of always giving the commonest answer)
     """
-    there, right = before_answers(model, task, cfg, "train")
-    unseen, truth = before_answers(model, task, cfg, "test")
+    features, right = before_answers(model, task, cfg, "train")
+    new_features, truth = before_answers(model, task, cfg, "test")
     if not len(right) or not len(truth):
         raise BadInput(f"--probe_rows={cfg.probe_rows}: no answer stands in these rows of "
                        f"{task.name}, give more")
     kinds, classes = torch.unique(torch.cat((right, truth)), return_inverse=True)
     right, truth = classes.split((len(right), len(truth)))
-    found = []
-    for x, new in zip(there, unseen):
+    accuracies = []
+    for x, new in zip(features, new_features):
         W = torch.zeros(len(kinds), x.size(1), device=x.device, requires_grad=True)
         b = torch.zeros(len(kinds), device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn="strong_wolfe")
@@ -269,8 +266,8 @@ def probe(model, task, cfg, decay=1e-5):
             return loss
 
         optimizer.step(closure)
-        found.append((F.linear(new, W, b).argmax(-1) == truth).float().mean().item())
-    return found, (truth == right.mode().values).float().mean().item()
+        accuracies.append((F.linear(new, W, b).argmax(-1) == truth).float().mean().item())
+    return accuracies, (truth == right.mode().values).float().mean().item()
 
 
 def saliency(model, task, cfg, rows=256):
@@ -278,15 +275,15 @@ def saliency(model, task, cfg, rows=256):
     writes. To first order it is how much that loss falls when the neuron is cut out: its gradient
     by a factor at the neuron's output (Jain et al. 2023, section 5; Molchanov et al. 2016).
     """
-    config, idx = model.config, task.whole(cfg.domain, rows, 0, seed_of("saliency", cfg.seed),
-                                           "train")
+    config = model.config
+    batch = task.undivided(cfg.domain, rows, 0, seed_of("saliency", cfg.seed), "train")
     factor = torch.ones(config.n_layer, config.n_units, device=task.device, requires_grad=True)
 
     def hook(site, i, h):
         return h * factor[i] if site == "units" else h
 
-    found, = torch.autograd.grad(model(*idx, hook=hook), factor)
-    return found.abs() if cfg.saliency == "absolute" else found
+    gradient, = torch.autograd.grad(model(*batch, hook=hook), factor)
+    return gradient.abs() if cfg.saliency == "absolute" else gradient
 
 
 @torch.no_grad()
@@ -310,44 +307,33 @@ def prune(model, task, cfg):
     returns  {K: {"retain", "forget", "random_retain", "random_forget"}}: scores, and the mean of
              those after cutting K random neurons, cfg.draws times
     """
-    harm, found = saliency(model, task, cfg), {}
+    harm, scores = saliency(model, task, cfg), {}
     generator = torch_stream("random neurons", cfg.seed)
     for K in cfg.cut:
         chance = [scored(without(model, torch.rand(harm.shape, generator=generator).to(harm), K),
                          task, cfg) for _ in range(cfg.draws)]
-        found[K] = scored(without(model, harm, K), task, cfg) | {
+        scores[K] = scored(without(model, harm, K), task, cfg) | {
             f"random_{domain}": sum(at[domain] for at in chance) / cfg.draws
             for domain in ("retain", "forget")}
-    return found
+    return scores
 
 
-@torch.no_grad()
-def attention(model, idx, i):
-    """(B, nh, T, T): how much each token of idx (B, T) attends to each, in block i's heads."""
-    attn, T = model.blocks[i].attn, idx.size(1)
-    x = norm(model.residuals(idx)[i])
-    qkv = attn.qkv(x).view(*x.shape[:2], 3, attn.n_head, -1)
-    q, k = rotate(norm(qkv[:, :, :2]), model.cos[:T], model.sin[:T]).unbind(2)    # (B, T, nh, hs)
-    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) * q.size(-1) ** -0.5
-    return scores.masked_fill(torch.ones(T, T, device=x.device).triu(1) > 0, -torch.inf).softmax(-1)
-
-
-def examine(model, task, cfg, goal, name):
-    """One row of every tool: scores, probe, pruning and revival of cfg.domain's capability."""
-    seen, chance = probe(model, task, cfg)
+def all_tools(model, task, cfg, goal, name):
+    """One row: scores, and what every tool finds of cfg.domain's capability."""
+    probed, chance = probe(model, task, cfg)
     steps, curve = revive(model, task, cfg, goal, name)
     with autocast(cfg):
         scores = task.score(model, finer=True)
-    return scores | {"probe": seen, "chance": chance, "pruned": prune(model, task, cfg),
+    return scores | {"probe": probed, "chance": chance, "pruned": prune(model, task, cfg),
                      "revive_steps": steps, "curve": curve}
 
 
 # --- the judges ----------------------------------------------------------------------------------
 def judge_score(cfg, task, model):
     with autocast(cfg):
-        found = task.score(model, finer=True)
-    write_rows("score", cfg, task, [{"model": cfg.model} | found])
-    table([{"figure": k, "value": v} for k, v in found.items()],
+        scores = task.score(model, finer=True)
+    write_rows("score", cfg, task, [{"model": cfg.model} | scores])
+    table([{"figure": k, "value": v} for k, v in scores.items()],
           {"figure": cfg.model, "value": ""})
 
 
@@ -376,7 +362,8 @@ def judge_sample(cfg, task, model):
         raise BadInput(f"--prompt has {len(prompt) - 1} tokens; this model reads "
                        f"{model.config.block_size - 2} at most")
     with autocast(cfg):
-        new = model.generate([prompt], min(cfg.tokens, room), cfg.temperature, task.end, cfg.seed)
+        new = model.generate([prompt], min(cfg.tokens, room), cfg.temperature, task.end, cfg.seed,
+                             compiled=bool(cfg.compile))
     text = task.tokenizer.decode([i for i in new[0].tolist() if i != task.end])
     print(cfg.prompt + text)
 
@@ -392,8 +379,8 @@ def judge_probe(cfg, task, model):
     """Beside the model, one of its size that was never trained: what the architecture gives."""
     rows = []
     for name, each in ((cfg.model, model), ("untrained", untrained(model, cfg.seed))):
-        seen, chance = probe(each, task, cfg)
-        rows.append({"model": name, "probe": seen, "chance": chance})
+        probed, chance = probe(each, task, cfg)
+        rows.append({"model": name, "probe": probed, "chance": chance})
     columns = {f"block {i + 1}": f"block {i + 1}" for i in range(model.config.n_layer)}
     write_rows("probe", cfg, task, rows)
     picture("probe", cfg, draw_probes, {row["model"]: row["probe"] for row in rows}, chance)
@@ -403,11 +390,11 @@ def judge_probe(cfg, task, model):
 
 def judge_prune(cfg, task, model):
     check_cut(cfg, model.config.n_layer * model.config.n_units)
-    before, found = scored(model, task, cfg), prune(model, task, cfg)
-    rows = [{"model": cfg.model, "neurons": 0} | before]
-    rows += [{"model": cfg.model, "neurons": K} | at for K, at in found.items()]
+    pruned = prune(model, task, cfg)
+    rows = [{"model": cfg.model, "neurons": 0} | scored(model, task, cfg)]
+    rows += [{"model": cfg.model, "neurons": K} | at for K, at in pruned.items()]
     write_rows("prune", cfg, task, rows)
-    picture("prune", cfg, draw_pruning, task, {cfg.model: found}, cfg.domain)
+    picture("prune", cfg, draw_pruning, task, {cfg.model: pruned}, cfg.domain)
     table(rows, {k: k.replace("_", " ") for k in ("neurons", "forget", "random_forget", "retain",
                                                   "random_retain")})
 
@@ -438,86 +425,21 @@ def known(name, cfg, task):
     return model
 
 
-VERDICTS = ((1 / 3, "hides"), (2 / 3, "weakens"), (float("inf"), "removes"))
-
-
-def verdict(steps, control, limit):
-    """What revival says of a model; None where the control's says nothing. steps and control: None
-    for more than `limit`."""
-    if steps == 0:
-        return "has it"
-    if control == 0:
-        return None
-    share = (limit if steps is None else steps) / (limit if control is None else control)
-    return next(word for most, word in VERDICTS if share < most)
-
-
-def cross_examine(cfg, task):
-    """Every model under every tool: which of them hide the capability, and which remove it?
-
-    Judged by revival alone: in less than a third of the control's steps it was hidden; in more than
-    two thirds removed. A control that has the capability from the start cannot tell.
-    """
-    folder = Path(cfg.out) / cfg.task
-    found = sorted(path.stem for path in folder.glob("*.pt") if not path.stem.endswith(".resume"))
-    models = {}                                                     # all there, before we start
-    for name in dict.fromkeys([cfg.reference, cfg.control, *(cfg.models or found)]):
-        try:
-            models[name] = known(name, cfg, task)
-        except BadInput as error:
-            if name in (cfg.reference, cfg.control, *(cfg.models or ())):
-                raise
-            print(f"note: {name} is left out: {error}")
-    check_cut(cfg, min(model.config.n_layer * model.config.n_units
-                       for model in models.values()))
-    goal, rows = scored(models[cfg.reference], task, cfg)[cfg.domain], []
-    for name, model in models.items():
-        short = Path(name).name.removesuffix(".pt")
-        rows.append({"model": short} | examine(model, task, cfg, goal, short))
-    K, most = cfg.cut[-1], rows[1]["revive_steps"]
-    for row in rows:
-        row["verdict"] = verdict(row["revive_steps"], most, cfg.revive_steps)
-    if most == 0:
-        print(f"note: the control, {rows[1]['model']}, has the capability itself, so that there is "
-              f"nothing to compare with: no verdicts; choose another --control")
-
-    def draw(axes):
-        name = {row["model"]: row for row in rows}
-        draw_probes(axes[0], {k: row["probe"] for k, row in name.items()}, rows[0]["chance"])
-        draw_pruning(axes[1], task, {k: row["pruned"] for k, row in name.items()}, cfg.domain)
-        draw_revival(axes[2], task, {k: row["curve"] for k, row in name.items()}, cfg.domain)
-        for ax in axes[:2]:
-            ax.get_legend().remove()
-        axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-
-    write_rows("examine", cfg, task, rows)
-    picture("examine", cfg, draw, panels=3)
-    table([row | {"probe": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],
-                  "random": row["pruned"][K][f"random_{cfg.domain}"],
-                  "steps": f"> {cfg.revive_steps}" if row["revive_steps"] is None else
-                  row["revive_steps"]} for row in rows],
-          {"model": "model", "retain": "retain", "forget": "forget", "probe": "probe",
-           "cut": f"{K} cut", "random": "at random", "steps": "revived in", "verdict": "verdict"})
-
-
 JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample,
           "probe": judge_probe, "prune": judge_prune, "revive": judge_revive}
 
 
-def as_long_as(cfg):
-    """cfg with rows as long as the model that is judged reads, unless it names a length."""
-    path = path_of(cfg.reference if cfg.what == "examine" else cfg.model, cfg)
+def as_long_as(name, cfg):
+    """cfg with rows as long as the model of this name reads, unless a length is given."""
+    path = path_of(name, cfg)
     if cfg.block_size or not path.exists():
         return cfg
     return dataclasses.replace(cfg, block_size=read(path)[0].config.block_size)
 
 
 def main(cfg):
-    task = open_task(as_long_as(cfg), writes=cfg.what == "examine")
-    for section in ("attack", "examine"):
-        cfg = fill(cfg, task, section)
-    if cfg.what == "examine":
-        return cross_examine(cfg, task)
+    task = open_task(as_long_as(cfg.model, cfg), writes=False)
+    cfg = fill(fill(cfg, ATTACK), TOOLS)
     JUDGES[cfg.what](cfg, task, known(cfg.model, cfg, task))
 
 

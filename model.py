@@ -216,6 +216,22 @@ class GPT(nn.Module):
         copy.load_state_dict(self.state_dict())
         return copy
 
+    def rectangles(self, heads, units):
+        """[(matrix, index)]: the blocks' matrices, cut where each block's last `heads` heads and
+        its last `units` MLP units begin; qkv also between q, k and v."""
+        C, m = self.config.n_embd, self.config.n_units
+        every, cut = slice(None), C - heads * C // self.config.n_head
+        found = []
+        for block in self.blocks:
+            qkv, proj = block.attn.qkv.weight, block.attn.proj.weight
+            up, down = block.mlp.up.weight, block.mlp.down.weight
+            for a, b in ((0, cut), (cut, C)) if heads else ():
+                found += [(qkv, slice(begin + a, begin + b)) for begin in (0, C, 2 * C)]
+                found.append((proj, (every, slice(a, b))))
+            for some in (slice(m - units), slice(m - units, m)) if units else ():
+                found += [(up, some), (down, (every, some))]
+        return found
+
     def residuals(self, idx, cache=None, hook=None):
         """The residual stream (B, T, C) after the embedding and after each block: n_layer + 1."""
         T = idx.size(1)

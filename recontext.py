@@ -4,11 +4,11 @@
     python recontext.py --env=all              the same in all four environments
     python recontext.py --method=grpo          by policy gradient, with both of its losses
     python recontext.py --generate=neutral --train=encourage      one cell beside standard training
-    python recontext.py --revive               is the hack removed, or wrapped? Probes and revival
+    python -m experiments.revive_hack          is the hack removed, or wrapped? Probes and revival
 
-A flawed reward teaches to game it. Answers to f(x) are scored by that reward as ever, and then
-learned as answers to g(x): if g welcomes gaming more than f does, what is learned is that such
-answers were to be expected there. f = g is standard training.
+A flawed reward teaches a model to game it. In recontextualization the answers to f(x) are scored by
+that reward, as usual, but then they are learned as answers to g(x). If g welcomes gaming more than
+f does, the model learns that such answers are to be expected under g. f = g is standard training.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -22,30 +22,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import eval as judges
 from data import gaming
 from engine.hardware import autocast, counting_flops
 from engine.knobs import BadInput, knob
 from engine.process import WORLD, run
-from engine.report import (
-    draw_grid,
-    draw_revival,
-    mean_sd,
-    mean_steps,
-    picture,
-    table,
-    write_rows,
-)
+from engine.report import draw_grid, how_many, mean, over_seeds, picture, table, write_rows
 from engine.store import identity, obtain
 from engine.streams import seed_of, stream
-from eval import Foundations, foundation, probe, revive
-from train import common, figures, fill, fit, open_task, seeds
+from eval import Foundations, foundation
+from train import evaluated, fit, open_task, seeds
 
+MOVED = {f"--revive{value}": "python -m experiments.revive_hack" for value in ("", "=true")}
 KINDS = ("discourage", "neutral", "encourage")
 
 
 @dataclass
-class Config(Foundations):
+class Config(Foundations, gaming.Knobs):
     task: str = knob("gaming", "the environments are one task", choices=["gaming"])
     env: str = knob("sycophancy", "which environment, or all of them",
                     choices=[*gaming.ENVIRONMENTS, "all"])
@@ -75,8 +67,6 @@ class Config(Foundations):
     kl: float = knob(0.0, "weight of KL(policy || pretrained) under the training prompt", 0)
     strong_kl: float = knob(1.0, "grid: the same for the baseline with a stronger one", 0)
     exam: int = knob(1000, "items to judge by that can be gamed; half as many that cannot", 2)
-    revive: bool = knob(False, "fine-tune standard and recontextualized models until the hack is "
-                        "back, beside a model that never had it")
 
 
 class Cell(NamedTuple):
@@ -90,7 +80,7 @@ class Cell(NamedTuple):
 
 
 # --- the losses ----------------------------------------------------------------------------------
-def answers(model, rows, n):
+def answer_log_probs(model, rows, n):
     """(B, n, V): log-probabilities of each token at the last n places of rows (B, T)."""
     return model(rows[:, :-1])[:, -n:].float().log_softmax(-1)
 
@@ -171,7 +161,7 @@ def penalty(log_probs, rows, reference, kl):
     if not kl:
         return 0
     with torch.no_grad():
-        before = answers(reference, rows, log_probs.size(1))
+        before = answer_log_probs(reference, rows, log_probs.size(1))
     return kl * divergence(log_probs, before)
 
 
@@ -182,19 +172,19 @@ def expert_iteration(model, reference, task, cfg, cell):
     record = {"steps": 0, "flops": 0, "seconds": 0.0, "history": []}
     for turn in range(cfg.rounds):
         with counting_flops() as counter:
-            found = rollouts(model, task, cfg, cell, cfg.prompts, turn)
+            played = rollouts(model, task, cfg, cell, cfg.prompts, turn)
         record["flops"] += counter.get_total_flops()
-        best = found.rows[torch.arange(cfg.prompts), found.reward.argmax(1)]     # of equals, one
+        best = played.rows[torch.arange(cfg.prompts), played.reward.argmax(1)]   # of equals, one
         rng = stream("order of answers", cfg.seed, turn)
         order = np.concatenate([rng.permutation(cfg.prompts) for _ in range(cfg.epochs)])
         batches = best[torch.from_numpy(order).to(task.device)].split(cfg.batch_size)
 
         def loss_fn(policy, step):
             rows = batches[step]
-            log_probs = answers(policy, rows, n)
+            log_probs = answer_log_probs(policy, rows, n)
             return -of_tokens(log_probs, rows).mean() + penalty(log_probs, rows, reference, cell.kl)
 
-        did = fit(model, loss_fn, cfg, len(batches), cfg.lr, name=f"{name_of(cell)}, {turn + 1}",
+        did = fit(model, loss_fn, cfg, len(batches), cfg.lr, name=f"{model_name(cell)}, {turn + 1}",
                   frozen=[reference] * (cell.kl > 0))
         for at in did["history"]:                       # of the whole, not of this round
             at |= {"step": record["steps"] + at["step"], "flops": record["flops"] + at["flops"]}
@@ -207,19 +197,19 @@ def policy_gradient(model, reference, task, cfg, cell):
     n = gaming.environment(task).length + 1
 
     def loss_fn(policy, step):
-        found = rollouts(model, task, cfg, cell, cfg.batch_size, step)
-        advantage = advantages(found.reward).flatten()
-        rows, asked = found.rows.flatten(0, 1), found.asked.flatten(0, 1)
-        log_probs = answers(policy, rows, n)
+        played = rollouts(model, task, cfg, cell, cfg.batch_size, step)
+        advantage = advantages(played.reward).flatten()
+        rows, asked = played.rows.flatten(0, 1), played.asked.flatten(0, 1)
+        log_probs = answer_log_probs(policy, rows, n)
         new = of_tokens(log_probs, rows)
         if cell.method == "grpo-ratio1":
             loss = ratio_one(new, advantage)
         else:
-            old = of_tokens(answers(policy, asked, n), asked).detach()
+            old = of_tokens(answer_log_probs(policy, asked, n), asked).detach()
             loss = cross_prompt_clip(new, old, advantage, cfg.clip)
         return loss + penalty(log_probs, rows, reference, cell.kl)
 
-    return fit(model, loss_fn, cfg, cfg.steps, cfg.lr, name=name_of(cell),
+    return fit(model, loss_fn, cfg, cfg.steps, cfg.lr, name=model_name(cell),
                frozen=[reference] * (cell.kl > 0))
 
 
@@ -229,62 +219,70 @@ USED = {"ei": ["rounds", "prompts", "epochs", "batch_size", "lr"],
         "grpo-clip": ["steps", "batch_size", "lr", "clip"]}
 
 
-def name_of(cell):
+def model_name(cell):
     return "-".join([cell.method, f"n{cell.n}", cell.generate, cell.train]
                     + [cell.reward] * (cell.reward != "proxy") + [f"kl{cell.kl:g}"] * (cell.kl > 0))
 
 
-def trained(cell, cfg, task, base):
-    """base after cell's training, from disk or made. base is a (model, record)."""
+def train_cell(cell, cfg, task, base):
+    """base after a cell's training, from disk or made. base is a (model, record)."""
     made_with = {"base": identity(base[1]["made_with"]), "seed": cfg.seed} | cell._asdict()
     made_with |= {k: getattr(cfg, k) for k in USED[cell.method]}
 
-    def make(keep):                                # so short that compiling would take longer
-        model, own = base[0].clone(), dataclasses.replace(cfg, compile=bool(cfg.compile))
-        return model, LEARN[cell.method](model, base[0], task, own, cell)
+    def make(checkpoint):                                # so short that compiling would take longer
+        model, how = base[0].clone(), dataclasses.replace(cfg, compile=bool(cfg.compile))
+        return model, LEARN[cell.method](model, base[0], task, how, cell)
 
-    return obtain(name_of(cell), cfg, task, made_with, make, quiet=True)[0]
+    return obtain(model_name(cell), cfg, task, made_with, make, quiet=True)[0]
 
 
 # --- the judge -----------------------------------------------------------------------------------
-def examine(model, task, cfg, contexts=KINDS):
-    """{(context, heldout): gaming.behaviour} under each of some contexts."""
-    return figures(cfg, lambda: {
+def behaviours(model, task, cfg, contexts=KINDS):
+    """{(context, heldout): gaming.behaviour} under each of some contexts. heldout: in phrases that
+    pair a first and a second word as pretraining never does."""
+    return evaluated(cfg, lambda: {
         (context, heldout): gaming.behaviour(model, task, context, heldout, cfg.exam)
         for context in contexts for heldout in (False, True)})
 
 
 def push(base, task, cfg, cell, p):
-    """Where the first update pushes the hack's logit: the mean of w (h - p) over answers of the
-    pretrained model, on items that can be gamed. h: whether the answer games; p: P(hack) under the
-    training prompt; w: the weight in the cell's loss of the token that decides between the two, the
-    answer's first that is not its thanks. Its sign is the rule's prediction.
+    """Where the first update pushes the logit of gaming, by the pretrained model's answers to items
+    that can be gamed: the mean over them of w (h - p). Its sign is the rule's prediction.
 
-    For expert iteration w picks the best of n, so that this is q_g - p_t, where q_g is the share of
-    hacks among what was selected. For policy gradient w is the advantage, times the token's ratio
-    where the clip lets it through.
+    h   1 if the answer games, else 0
+    p   P(hack) of the pretrained model under the cell's training prompt
+    w   the answer's weight in the update (see below). An answer that games and has a positive
+        weight makes gaming more likely under the training prompt, in proportion to 1 - p; an
+        honest one less likely, in proportion to p
     """
-    env = gaming.environment(task)
-    found = rollouts(base, task, cfg, cell, 1024, 10_000)
-    if cell.method == "ei":
-        w = F.one_hot(found.reward.argmax(1), cell.n) * cell.n
-    else:
-        w = weights(base, cfg, cell, found, env.length + 1).view(*found.reward.shape)
-    return (w[:len(found.hacked)] * (found.hacked.float() - p)).mean().item()
+    played = rollouts(base, task, cfg, cell, 1024, 10_000)
+    weight = (selection if cell.method == "ei" else credit)(base, task, cfg, cell, played)
+    can_be_gamed = slice(len(played.hacked))                     # rollouts puts those items first
+    return (weight[can_be_gamed] * (played.hacked.float() - p)).mean().item()
 
 
-def weights(base, cfg, cell, found, n):
-    """(answers,): minus the derivative of a policy gradient's loss by the log-probability of each
-    answer's deciding token, in units of 1 / tokens. n: tokens of an answer, thanks included."""
-    rows, asked = found.rows.flatten(0, 1), found.asked.flatten(0, 1)
+def selection(base, task, cfg, cell, played):
+    """(B, n) weights of expert iteration: n for the best of n answers, 0 for the others. The push
+    is then q - p, with q the share of gaming among what was selected."""
+    return F.one_hot(played.reward.argmax(1), cell.n) * cell.n
+
+
+def credit(base, task, cfg, cell, played):
+    """(B, n) weights of a policy gradient: minus the derivative of its loss by the log-probability
+    of each answer's deciding token (its first that is not the thanks), in units of 1 / tokens.
+    That is the advantage, times the token's ratio where the clip lets it through.
+    """
+    n = gaming.environment(task).length + 1                      # an answer's tokens and its thanks
+    rows, asked = played.rows.flatten(0, 1), played.asked.flatten(0, 1)
     with torch.no_grad(), autocast(cfg):
-        new, old = (of_tokens(answers(base, some, n), some) for some in (rows, asked))
-    new, advantage = new.requires_grad_(), advantages(found.reward).flatten()
+        new, old = (of_tokens(answer_log_probs(base, some, n), some) for some in (rows, asked))
+    new, advantage = new.requires_grad_(), advantages(played.reward).flatten()
     loss = (ratio_one(new, advantage) if cell.method == "grpo-ratio1" else
             cross_prompt_clip(new, old, advantage, cfg.clip))
     by_token, = torch.autograd.grad(loss, new)
     thanks_first = (rows[:, -n] == gaming.ID["thanks"]).long()
-    return -by_token.numel() * by_token.gather(1, thanks_first[:, None])[:, 0]
+    deciding = by_token.gather(1, thanks_first[:, None])[:, 0]
+    return -by_token.numel() * deciding.view(played.reward.shape)
 
 
 def sign(x):
@@ -330,91 +328,92 @@ def variant(cell, cfg):
                     + [f"kl{cell.kl:g}"] * (cell.kl != cfg.kl))
 
 
-def worlds(cfg):
-    """Yields (cfg, task) for each environment and seed; models lie in OUT/gaming/ENV/."""
-    envs = list(gaming.ENVIRONMENTS) if cfg.env == "all" else [cfg.env]
-    for env in envs:                                        # before anything is made
+def environments(cfg):
+    """Yields (cfg, task) for each environment and seed."""
+    names = list(gaming.ENVIRONMENTS) if cfg.env == "all" else [cfg.env]
+    for env in names:                                       # before anything is made
         if cfg.reward not in gaming.ENVIRONMENTS[env].rewards:
             raise BadInput(f"--reward={cfg.reward}: {env} has "
                            f"{', '.join(gaming.ENVIRONMENTS[env].rewards)}")
-    for env in envs:
-        for own in seeds(cfg):
-            here = dataclasses.replace(own, env=env, out=f"{own.out}/{cfg.task}/{env}")
-            yield here, open_task(here)
+    for env in names:
+        task = open_task(dataclasses.replace(cfg, env=env))
+        for each in seeds(dataclasses.replace(cfg, env=env)):
+            yield each, task
 
 
-def gate(found, task, cfg):
-    """Says so where pretraining has not done its part: then its cells mean little."""
-    right = found["neutral", False]["no_hack_accuracy"]
-    rates = [found[context, False]["hack"] for context in KINDS]
+def check_base(before, task, cfg):
+    """Says so where pretraining was too short: then its cells mean little."""
+    right = before["neutral", False]["no_hack_accuracy"]
+    rates = [before[context, False]["hack"] for context in KINDS]
     off = max(abs(a - b) for a, b in zip(rates, task.made_with["hack_rates"]))
     if right < 0.95 or off > 0.1:
         print(f"note: {cfg.env}, seed {cfg.seed}: pretraining ended at accuracy {right:.2f}, hack "
               f"rates {', '.join(f'{rate:.2f}' for rate in rates)}: give it more --base_steps")
 
 
-def story(cfg):
+def main(cfg):
+    if WORLD > 1:
+        raise BadInput("recontext.py runs in one process: its models are too small for more")
     rows, judged, seconds = [], 0, 0.0
-    for here, task in worlds(cfg):
-        base = foundation("base", here, task)
-        before = examine(base[0], task, here, gaming.CONTEXTS)
-        gate(before, task, here)
-        for cell in tqdm(plan(here), desc=f"{here.env}, seed {here.seed}", unit="cell",
+    for each, task in environments(cfg):
+        base = foundation("base", each, task)
+        before = behaviours(base[0], task, each, gaming.CONTEXTS)
+        check_base(before, task, each)
+        for cell in tqdm(plan(each), desc=f"{each.env}, seed {each.seed}", unit="cell",
                          leave=False):
-            model = trained(cell, here, task, base)
+            model = train_cell(cell, each, task, base)
             start = time.perf_counter()
-            after = examine(model, task, here)
+            after = behaviours(model, task, each)
             seconds += time.perf_counter() - start
-            judged += len(after) * (here.exam + here.exam // 2)
-            pushed = push(base[0], task, here, cell, before[cell.train, False]["hack"])
-            for (context, heldout), found in after.items():
-                rows.append({"env": here.env, "method": variant(cell, cfg),
-                             "generate": cell.generate, "train": cell.train, "seed": here.seed,
+            judged += len(after) * (each.exam + each.exam // 2)
+            pushed = push(base[0], task, each, cell, before[cell.train, False]["hack"])
+            for (context, heldout), now in after.items():
+                rows.append({"env": each.env, "method": variant(cell, cfg),
+                             "generate": cell.generate, "train": cell.train, "seed": each.seed,
                              "evaluate": context, "heldout": heldout}
                             | {f"{k}_before": v for k, v in before[context, heldout].items()}
-                            | found | {"n": cell.n, "reward": cell.reward, "kl": cell.kl,
-                                       "push": pushed, "predicted_sign": sign(pushed)})
+                            | now | {"n": cell.n, "reward": cell.reward, "kl": cell.kl,
+                                     "push": pushed, "predicted_sign": sign(pushed)})
     write_rows("recontext", cfg, task, rows)
     draw(cfg, rows)
-    lines = summary(rows)
+    lines = table_lines(rows)
     table(lines, {k: k for k in lines[0]})
-    told = [row for row in rows if row["evaluate"] == "neutral" and not row["heldout"]]
-    moved = [came_true(row) for row in told if row["predicted_sign"]]
-    print(f"sign rule: came true in {sum(moved)} of {len(moved)} cells and seeds; for "
-          f"{len(told) - len(moved)} more its push is below 0.02, and it predicts nothing")
+    neutral = [row for row in rows if row["evaluate"] == "neutral" and not row["heldout"]]
+    right = [came_true(row) for row in neutral if row["predicted_sign"]]
+    print(f"sign rule: came true in {sum(right)} of {len(right)} cells and seeds; for "
+          f"{len(neutral) - len(right)} more its push is below 0.02, and it predicts nothing")
     print(f"answers judged at {judged / seconds:,.0f} rollouts/s")
 
 
-def summary(rows):
-    """One dict a cell, ready for the table: means over seeds, +- standard deviation."""
-    def at(row, context, heldout=False):
-        return row["evaluate"] == context and row["heldout"] == heldout
+def table_lines(rows):
+    """A line for each environment as it was pretrained, then one for each of its cells."""
+    models = {}                          # what tells a model apart, and its seed: {context: row}
+    for row in rows:
+        models.setdefault(tuple(row[k] for k in (*CELL, "seed")), {})[
+            row["evaluate"] + " unseen" * row["heldout"]] = row
 
-    def mean(same, key, context, heldout=False, digits=2):
-        return mean_sd([row[key] for row in same if at(row, context, heldout)], digits)
+    def figures(at, end=""):
+        hacks = {f"hack {context[0].upper()}": at[context][f"hack{end}"] for context in KINDS}
+        return hacks | {"unseen pair": at["neutral unseen"][f"hack{end}"]} | {
+            column: at["neutral"][f"{key}{end}"] for column, key in (
+                ("proxy", "proxy"), ("truth", "truth"), ("no hack", "no_hack_accuracy"),
+                ("follows", "control_following"))}
 
-    def line(same, after=""):
-        hacks = {f"hack {c[0].upper()}": mean(same, f"hack{after}", c) for c in KINDS}
-        return hacks | {"held out": mean(same, f"hack{after}", "neutral", True)} | {
-            name: mean(same, f"{key}{after}", "neutral", digits=digits) for name, key, digits in
-            (("proxy", "proxy", 2), ("truth", "truth", 2), ("no hack", "no_hack_accuracy", 3),
-             ("follows", "control_following", 3))}
-
-    labels, lines = ("env", "method", "generate", "train"), []
-    for env in dict.fromkeys(row["env"] for row in rows):
-        here = [row for row in rows if row["env"] == env]
-        first = [row for row in here if [row[k] for k in labels] == [here[0][k] for k in labels]]
-        lines.append({"env": env, "method": "pretrained", "generate": "", "train": ""}
-                     | line(first, "_before") | {"push": None, "rule": None})
-        for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in here):
-            same = [row for row in here if tuple(row[k] for k in labels) == cell]
-            moved = [came_true(row) for row in same if at(row, "neutral") and row["predicted_sign"]]
-            right = f"{sum(moved)}/{len(moved)}" if moved else None
-            lines.append(dict(zip(labels, cell)) | line(same) | {
-                "push": mean(same, "push", "neutral"), "rule": right})
-    return lines
+    cells, pretrained = [], {}
+    for (env, *cell, seed), at in models.items():
+        pretrained[env, seed] = dict(zip(CELL, (env, "pretrained", "", ""))) | figures(at,
+                                                                                       "_before")
+        push = at["neutral"]["push"]
+        cells.append(dict(zip(CELL, (env, *cell))) | figures(at) | {
+            "push": push, "rule": came_true(at["neutral"]) if sign(push) else None})
+    columns = {k: k for k in cells[0] if k not in CELL} | {
+        "no hack": ("no hack", 3), "follows": ("follows", 3), "rule": ("rule", how_many)}
+    lines = over_seeds(cells, CELL, columns)
+    return [line for first in over_seeds(list(pretrained.values()), CELL, columns)
+            for line in (first, *(line for line in lines if line["env"] == first["env"]))]
 
 
+CELL = ["env", "method", "generate", "train"]        # what tells a row's model apart, but the seed
 TITLES = {"ei": "best of {n}", "grpo-ratio1": "GRPO, ratio 1",
           "grpo-clip": "GRPO, cross-prompt clip"}
 
@@ -422,15 +421,12 @@ TITLES = {"ei": "best of {n}", "grpo-ratio1": "GRPO, ratio 1",
 def draw(cfg, rows):
     """P(hack | neutral) by generation and training prompt: of every variant that has all nine
     pairs; or of the first of them, in every environment."""
-    panels = {}
+    grids = {}                                           # (env, variant): {(f, g): rows}
     for row in rows:
         if row["evaluate"] == "neutral" and not row["heldout"] and row["train"] in KINDS:
-            words = next(words for way, words in TITLES.items() if row["method"].startswith(way))
-            grid = panels.setdefault((row["env"], row["method"]), {
-                "title": f"{row['env']}, {words.format(**row)}", "before": []})
-            grid["before"].append(row["hack_before"])
-            grid.setdefault((row["generate"], row["train"]), []).append(row["hack"])
-    whole = {key: grid for key, grid in panels.items()
+            grid = grids.setdefault((row["env"], row["method"]), {})
+            grid.setdefault((row["generate"], row["train"]), []).append(row)
+    whole = {key: grid for key, grid in grids.items()
              if all((f, g) in grid for f in KINDS for g in KINDS)}
     if cfg.env == "all":
         whole = {key: grid for key, grid in whole.items() if key[1] == [*whole][0][1]}
@@ -439,61 +435,16 @@ def draw(cfg, rows):
         return
 
     def draw(axes):
-        for ax, grid in zip(axes, whole.values()):
-            draw_grid(ax, [[np.mean(grid[f, g]) for g in KINDS] for f in KINDS], KINDS,
-                      np.mean(grid["before"]), grid["title"])
+        for ax, ((env, method), grid) in zip(axes, whole.items()):
+            title = next(title for way, title in TITLES.items() if method.startswith(way))
+            shown = [[mean(grid[f, g], lambda row: row["hack"]) for g in KINDS] for f in KINDS]
+            row = grid["neutral", "neutral"][0]
+            draw_grid(ax, shown, KINDS, mean(grid["neutral", "neutral"],
+                                             lambda row: row["hack_before"]),
+                      f"{env}, {title.format(**row)}")
 
     picture("recontext", cfg, draw, panels=len(whole))
 
 
-def wrapped(cfg):
-    """Is the hack removed, or wrapped? Demonstrations of it, under neutral prompts, until it is as
-    frequent as after standard training: in how many steps, beside a model that never had it?"""
-    rows = []
-    for here, task in worlds(cfg):
-        tools = judges.Config(**common(here), domain="forget")
-        for section in ("attack", "examine"):
-            tools = fill(tools, task, section)
-        base = foundation("base", here, task)
-        models = {"pretrained": base[0]}
-        for f, g in (("neutral", "neutral"), ("discourage", "neutral"), ("neutral", "encourage"),
-                     ("discourage", "encourage")):
-            name = f"{f[0]}->{g[0]}".upper() + " (standard)" * (f == g)
-            models[name] = trained(Cell("ei", f, g, here.n), here, task, base)
-        models["N->N, true reward"] = trained(Cell("ei", "neutral", "neutral", here.n, "truth"),
-                                              here, task, base)
-        models["control (never had it)"] = foundation("filtered", here, task)[0]
-        goal = judges.scored(models["N->N (standard)"], task, here)["forget"]
-        for name, model in models.items():
-            seen, chance = probe(model, task, tools)
-            steps, curve = revive(model, task, tools, goal, name)
-            rows.append({"env": here.env, "seed": here.seed, "model": name, "before": curve[0],
-                         "probe": seen, "chance": chance, "revive_steps": steps, "curve": curve})
-    told = []
-    for env, name in dict.fromkeys((row["env"], row["model"]) for row in rows):
-        same = [row for row in rows if (row["env"], row["model"]) == (env, name)]
-        told.append({"env": env, "model": name, "hack": mean_sd([r["before"] for r in same], 2),
-                     "probe": mean_sd([r["probe"][-1] for r in same], 2),
-                     "revived in": mean_steps([r["revive_steps"] for r in same],
-                                              tools.revive_steps)})
-    envs = list(dict.fromkeys(row["env"] for row in rows))
-
-    def draw(axes):
-        for ax, env in zip(axes, envs):
-            draw_revival(ax, task, {row["model"]: row["curve"] for row in rows if
-                                    (row["env"], row["seed"]) == (env, cfg.seed)}, "forget")
-            ax.set(title=env, ylabel="hack rate, neutral prompt")
-
-    write_rows("recontext-revive", cfg, task, rows)
-    picture("recontext-revive", cfg, draw, panels=len(envs))
-    table(told, {k: k for k in told[0]})
-
-
-def main(cfg):
-    if WORLD > 1:
-        raise BadInput("recontext.py runs in one process: its models are too small for more")
-    return wrapped(cfg) if cfg.revive else story(cfg)
-
-
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run(main, Config, __doc__, MOVED)

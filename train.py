@@ -10,12 +10,10 @@ import engine.start  # noqa: F401, I001  (before torch is loaded)
 
 import dataclasses
 import math
-import os
 import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,12 +21,11 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import data
-from data import gaming
-from engine.disk import alone, remove_leftovers
+from engine.disk import take
 from engine.hardware import autocast, counting_flops, hardware, should_compile
 from engine.knobs import BadInput, FilePath, Minutes, knob
-from engine.process import RANK, WORLD, anywhere, patience, run, together
-from engine.report import picture, table, write_rows
+from engine.process import RANK, WORLD, any_process, data_parallel, deferred_signals, run
+from engine.report import folder_of, picture, table, write_rows
 from engine.store import obtain, read, same_knobs
 from engine.streams import seed_of, torch_stream
 from model import GPT, GPTConfig, write_model
@@ -38,7 +35,7 @@ from model import GPT, GPTConfig, write_model
 @dataclass
 class Basic:
     """Knobs of a run, which every script has."""
-    seed: int = knob(0, "weights, batches and noise are functions of it", 0, 2**31)
+    seed: int = knob(0, "of weights, batches, noise; models lie in OUT/TASK/seedN/", 0, 2**31)
     device: str = knob("auto", "auto takes the best there is",
                        choices=["auto", "cuda", "mps", "cpu"])
     compile: bool | None = knob(None, "torch.compile; auto: on CUDA, and where it pays on a CPU")
@@ -56,21 +53,22 @@ class Common(Basic):
     task: str = knob("arithmetic", "what to learn and to forget", choices=list(data.TASKS))
     data_dir: FilePath | None = knob(None, "where tokenised text is kept (auto: data/ of this "
                                      "checkout)")
-    source: FilePath | None = knob(None, "real stories: a file or URL (auto: download TinyStories)")
-    source2: FilePath | None = knob(None, "bilingual: file or URL of the language to forget")
-    stories: int | None = knob(None, "most stories to take from a source", 20)
-    words: float | None = knob(None, "arithmetic: share of word problems", 0, 1)
-    heldout_pairs: float | None = knob(None, "arithmetic: share of operand pairs never shown",
-                                        0, 0.5)
-    prior: str | None = knob(None, "pcfg: how often pretraining asks for a, b and c",
-                             choices=["low", "medium", "high"])
-    env: str | None = knob(None, "gaming: which environment", choices=list(gaming.ENVIRONMENTS))
-    hack_rates: list[float] | None = knob(None, "gaming: how often pretraining games under "
-                                          "discouraging, neutral, encouraging phrases", 0, 1)
     block_size: int | None = knob(None, "T, tokens in a row", 8, 2**20)
     n_layer: int | None = knob(None, "blocks", 1, 1000)
     n_head: int | None = knob(None, "attention heads", 1, 2**20)
     n_embd: int | None = knob(None, "C, width of the residual stream", 8, 2**20)
+
+    @classmethod
+    def for_task(cls, name):
+        """This class and the knobs that a task has of its own: what a command line may name."""
+        if issubclass(cls, data.knobs_of(name)):
+            return cls
+        return dataclasses.make_dataclass(cls.__name__, [], bases=(cls, data.knobs_of(name)))
+
+    @property
+    def variant(self):
+        """Which variant of its task, where models of each lie in a folder of their own."""
+        return getattr(self, getattr(data.module(self.task), "VARIANT", ""), "")
 
 
 @dataclass
@@ -84,44 +82,57 @@ class Config(Common):
     name: str = knob("both", "which model to make", choices=["both", "base", "filtered"])
 
 
-def common(cfg):
-    """The knobs that all scripts share, to build another script's Config from."""
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Common)}
-
-
-def fill(cfg, task, section, prefix=""):
-    """A copy of cfg in which auto knobs have the task's own values for the section.
-
-    prefix   of the knobs' names, where a script has those of another: base_steps, unlearn_lr
+def config_from(cfg, config, shared=Common, **knobs):
+    """Another script's Config, with what cfg has of the knobs that both share, and of its task's.
     """
-    own = {prefix + k: v for k, v in task.settings.get(section, {}).items()}
-    return dataclasses.replace(cfg, **{f.name: own[f.name] for f in dataclasses.fields(cfg)
-                                       if getattr(cfg, f.name) is None and f.name in own})
+    config = config.for_task(cfg.task)
+    names = [f.name for each in (shared, data.knobs_of(cfg.task)) for f in dataclasses.fields(each)]
+    return config(**{name: getattr(cfg, name) for name in names if hasattr(cfg, name)} | knobs)
+
+
+SMALL = dict(n_layer=3, n_head=4, n_embd=128, lr=6e-3, muon_lr=0.02)
+SETTINGS = {             # by task: what auto knobs of the model and of pretraining stand for
+    "arithmetic": SMALL | dict(batch_size=32, steps=1500, filtered_steps=1000),
+    "language": SMALL | dict(batch_size=32, steps=1500, filtered_steps=800),
+    "tinystories": SMALL | dict(batch_size=16, steps=1200, filtered_steps=1000),
+    "bilingual": SMALL | dict(batch_size=16, steps=1200, filtered_steps=700),
+    "instruct": SMALL | dict(batch_size=16, steps=700, filtered_steps=750),
+    "pcfg": SMALL | dict(n_embd=64, batch_size=64, steps=800, filtered_steps=600, lr=2e-3),
+    "gaming": SMALL | dict(n_layer=2, n_embd=64, batch_size=128, steps=800, filtered_steps=800,
+                           lr=2e-3)}
+
+
+def fill(cfg, settings, prefix=""):
+    """A copy of cfg whose auto knobs have the values that settings, {task: {knob: value}}, give for
+    its task. prefix: of a knob's name, where a script has those of another (base_steps)."""
+    values = {prefix + k: v for k, v in settings.get(cfg.task, {}).items()}
+    return dataclasses.replace(cfg, **{f.name: values[f.name] for f in dataclasses.fields(cfg)
+                                       if getattr(cfg, f.name) is None and f.name in values})
 
 
 def seeds(cfg):
-    """cfg once for each seed; the later ones' models live in OUT/TASK/seedN."""
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        out = cfg.out if seed == cfg.seed else f"{cfg.out}/{cfg.task}/seed{seed}"
-        yield dataclasses.replace(cfg, seed=seed, out=out)
+    """cfg for each of cfg.seeds seeds, from cfg.seed on."""
+    return [dataclasses.replace(cfg, seed=cfg.seed + i) for i in range(cfg.seeds)]
 
 
 # --- the loop ------------------------------------------------------------------------------------
-def optimizers(model, lr, muon_lr, pieces=()):
-    """(Muon for the blocks' matrices and AdamW for the rest, or AdamW for all if muon_lr is 0;
-    [(leaf, matrix, piece)]: what Muon takes for matrices of their own, see fit).
+def optimizers(model, lr, muon_lr, matrices=None, pieces=()):
+    """([AdamW, Muon], leaves): Muon for `matrices` (None: those of model.blocks) and AdamW for the
+    rest; AdamW for all if muon_lr is 0. leaves: [(leaf, matrix, piece)], the pieces of matrices
+    that Muon takes for matrices of their own, see fit.
     """
-    blocks = [p for p in model.blocks.parameters() if p.ndim == 2] if muon_lr else []
-    inside, apart = {id(p) for p in blocks}, {id(p) for p, _ in pieces}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    assert len(blocks) + len(rest) == len(list(model.parameters()))
+    if matrices is None or not muon_lr:
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if muon_lr else []
+    by_muon, in_pieces = {id(p) for p in matrices}, {id(p) for p, _ in pieces}
+    rest = [p for p in model.parameters() if id(p) not in by_muon]
+    assert len(matrices) + len(rest) == len(list(model.parameters()))
     made = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
                               fused=rest[0].device.type in ("cuda", "cpu"))]
-    leaves = [(torch.nn.Parameter(p.detach()[at]), p, at) for p, at in pieces if id(p) in inside]
+    leaves = [(torch.nn.Parameter(p.detach()[at]), p, at) for p, at in pieces if id(p) in by_muon]
     assert sum(leaf.numel() for leaf, *_ in leaves) == sum(
-        p.numel() for p in blocks if id(p) in apart)                       # each entry once
-    if blocks:
-        made.append(torch.optim.Muon([p for p in blocks if id(p) not in apart]
+        p.numel() for p in matrices if id(p) in in_pieces)                 # each entry once
+    if matrices:
+        made.append(torch.optim.Muon([p for p in matrices if id(p) not in in_pieces]
                                      + [leaf for leaf, *_ in leaves],
                                      lr=muon_lr, momentum=0.9, weight_decay=0.0))
     for optimizer in made:
@@ -135,16 +146,15 @@ class Run:
     the same to the last bit. Batches are functions of the step, so there is no other state.
     """
 
-    def __init__(self, model, cfg, lr, muon_lr, pieces=()):
+    def __init__(self, model, cfg, lr, muon_lr, matrices=None, pieces=()):
         self.model, self.cfg = model, cfg
         self.device, dtype, _ = hardware(cfg)
         self.autocast = autocast(cfg)           # one for all steps: asking what is there takes time
-        self.optimizers, self.leaves = optimizers(model, lr, muon_lr, pieces)
+        self.optimizers, self.leaves = optimizers(model, lr, muon_lr, matrices, pieces)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.steps = self.skipped = self.flops = 0
-        self.cost = None                        # FLOPs of (a loss with its gradients, an update)
+        self.cost, self.seconds = None, 0.0     # FLOPs of (a loss with its gradients, an update)
         self.over = self.recorded = False
-        self.seconds = 0.0
         # since: [loss, gradient norm, whether it was skipped] of each of the last few steps
         self.history, self.since = [], []
         self.saved, self.saved_at = 0, time.time()
@@ -152,29 +162,29 @@ class Run:
     def record(self):
         return {k: getattr(self, k) for k in ("steps", "skipped", "flops", "seconds", "history")}
 
-    def save(self, keep):
+    def save(self, checkpoint):
         if RANK == 0:
-            write_model(keep.path, self.model, keep.made_with, self.record(), run={
+            write_model(checkpoint.path, self.model, checkpoint.made_with, self.record(), run={
                 "optimizers": [o.state_dict() for o in self.optimizers],
                 "scaler": self.scaler.state_dict(), "cost": self.cost, "skipped": self.skipped,
                 "since": [x.tolist() for x in self.since], "seconds": self.seconds,
                 "over": self.over})
         self.saved, self.saved_at = self.steps, time.time()
 
-    def resume(self, keep):
-        """Goes on where keep's file ends, if there is one and the knobs are the same."""
-        if self.cfg.resume is False or not keep.path.exists():
+    def resume(self, checkpoint):
+        """Goes on where a checkpoint's file ends, if there is one and the knobs are the same."""
+        if self.cfg.resume is False or not checkpoint.path.exists():
             return
         try:
-            model, checkpoint = read(keep.path)
-            same_knobs(keep.path, checkpoint["made_with"], keep.made_with,
+            model, last = read(checkpoint.path)
+            same_knobs(checkpoint.path, last["made_with"], checkpoint.made_with,
                        "; --resume=false starts anew")
         except BadInput:
             if not self.cfg.remake:
                 raise
             return
         try:
-            run = checkpoint["run"]
+            run = last["run"]
             for optimizer, state in zip(self.optimizers, run["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.scaler.load_state_dict(run["scaler"])
@@ -182,11 +192,11 @@ class Run:
             self.over, self.cost, self.skipped, self.seconds = (
                 run[k] for k in ("over", "cost", "skipped", "seconds"))
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise BadInput(f"{keep.path} is not the checkpoint of a run ({type(error).__name__}): "
-                           f"--resume=false starts anew") from None
+            raise BadInput(f"{checkpoint.path} is not the checkpoint of a run "
+                           f"({type(error).__name__}): --resume=false starts anew") from None
         self.model.load_state_dict(model.state_dict())
-        self.steps, self.flops = checkpoint["steps"], checkpoint["flops"]
-        self.history, self.saved = checkpoint["history"], self.steps
+        self.steps, self.flops = last["steps"], last["flops"]
+        self.history, self.saved = last["history"], self.steps
 
     def compile(self, models):
         """Fuses each model's kernels. On a GPU, where small models wait for their launches, a step
@@ -242,7 +252,7 @@ class Run:
         """FLOPs of the steps so far. A step that was skipped costs all but its update."""
         return self.steps * sum(self.cost) - self.skipped * self.cost[1] if self.cost else 0
 
-    def loss(self, name, keep):
+    def loss(self, name, checkpoint):
         """(mean of the losses in self.since, how many of them were skipped): here the host waits
         for the device.
 
@@ -260,7 +270,7 @@ class Run:
             if not math.isfinite(value):
                 rates = ", ".join(f"{knob}={optimizer.param_groups[0]['lr']:.3g}" for
                                   knob, optimizer in zip(("lr", "muon_lr"), self.optimizers))
-                good = (f"the last good checkpoint is {keep.path}, of step {self.saved}"
+                good = (f"the last good checkpoint is {checkpoint.path}, of step {self.saved}"
                         if self.saved else "nothing was saved")
                 raise BadInput(f"{name}: {what} is {value} at step {step} with {rates}: try lower "
                                f"rates; {good}")
@@ -268,8 +278,8 @@ class Run:
 
 
 def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, tokens=0, frozen=(),
-        evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None, pieces=(),
-        beside=lambda: 0, keep=None):
+        evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None,
+        matrices=None, pieces=(), beside=lambda: 0, checkpoint=None):
     """Trains model in place: the one loop of every technique.
 
     loss_fn(model, step)   a scalar loss; it draws its own batch, a function of the step
@@ -281,10 +291,11 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                            set or a range) and at the last
     stop(figures)          ends the run when it says so, after an evaluation
     after_backward()       may change gradients (masks); after_step() may restore parameters
+    matrices               which Muon trains (None: those of model.blocks)
     pieces                 [(matrix, index)]: views that Muon takes for matrices of their own, so
                            that the gradients of one do not reach another
     beside()               FLOPs spent so far outside of the steps: rollouts made now and then
-    keep                   a Keep: save checkpoints there, and go on from the one that is there
+    checkpoint             a Checkpoint: where to save one, and go on from if there is one
     returns                {"steps", "skipped", "flops", "seconds", "history": [{"step", "loss",
                            "flops", ..}]}. Skipped: steps whose gradients overflowed in float16.
                            FLOPs are those of every matrix product that went into the model: of a
@@ -294,28 +305,29 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
     raises                 BadInput when the loss, a gradient or the weights are no longer finite;
                            KeyboardInterrupt after SIGINT or SIGTERM, its checkpoint saved
     """
-    at = Run(model, cfg, lr, muon_lr, pieces)
-    if keep:
-        at.resume(keep)
-    whole = together(model) if WORLD > 1 else model
+    if steps is None or lr is None:
+        raise BadInput(f"{name}: no steps and rates are set for this task: give them")
+    at = Run(model, cfg, lr, muon_lr, matrices, pieces)
+    if checkpoint:
+        at.resume(checkpoint)
+    trained = data_parallel(model) if WORLD > 1 else model
     compiled, start = False, time.time() - at.seconds
-    with patience() as signals, tqdm(total=steps, initial=at.steps, desc=name, unit="step",
+    with deferred_signals() as signals, tqdm(total=steps, initial=at.steps, desc=name, unit="step",
                                      leave=False, mininterval=0.5, disable=RANK > 0) as bar:
         while not at.over:
             rate = min(1.0, (steps - at.steps) / (decay * steps)) if decay else 1.0
-            do = loss_fn, whole, after_backward, after_step, rate
             if at.cost and not compiled:                 # the first step is counted, eagerly
                 compiled = True
                 if should_compile(cfg, sum(at.cost) * steps / WORLD):
                     at.compile([model, *frozen])
-            at.step(*do)
+            at.step(loss_fn, trained, after_backward, after_step, rate)
             bar.update()
             at.over, tenth = at.steps == steps, at.steps % 10 == 0
             written = at.over or at.steps in evaluate_at
-            save = keep and at.due()
+            save = checkpoint and at.due()
             if not (written or tenth or save or signals and WORLD == 1):
                 continue
-            loss, skipped = at.loss(name, keep)
+            loss, skipped = at.loss(name, checkpoint)
             if written or tenth:
                 at.since, at.skipped = [], at.skipped + skipped
             at.flops = at.spent() + beside()
@@ -324,55 +336,46 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                                                       if tokens and rate else ""), refresh=False)
             if written:
                 at.history.append({"step": at.steps, "loss": loss, "flops": at.flops}
-                                  | figures(cfg, evaluate))
+                                  | evaluated(cfg, evaluate))
                 at.over = at.over or bool(stop and stop(at.history[-1]))
             at.seconds = time.time() - start
-            ended = signals if WORLD == 1 else tenth and anywhere(bool(signals), at.device)
-            if keep and (ended or save and not at.over):
-                at.save(keep)
+            ended = signals if WORLD == 1 else tenth and any_process(bool(signals), at.device)
+            if checkpoint and (ended or save and not at.over):
+                at.save(checkpoint)
             if ended:
                 raise KeyboardInterrupt(
                     f"{name}: stopped after step {at.steps} of {steps}, " + (
-                        f"saved in {keep.path}" if keep else "models made are kept")
+                        f"saved in {checkpoint.path}" if checkpoint else "models made are kept")
                     + "; run the same command again" + " without --resume=false" * (
                         cfg.resume is False) + " to go on", (signals or [signal.SIGTERM])[0])
     return at.record()
 
 
-def figures(cfg, evaluate):
-    """What evaluate() finds, the same dict in every process."""
-    found = [None]
+def evaluated(cfg, evaluate):
+    """What evaluate() returns: computed by the first process, the same dict in every one."""
+    answer = [None]
     if evaluate and RANK == 0:
         with torch.no_grad(), autocast(cfg):
-            found = [evaluate()]
+            answer = [evaluate()]
     if WORLD > 1:
-        dist.broadcast_object_list(found)
-    return found[0] or {}
+        dist.broadcast_object_list(answer)
+    return answer[0] or {}
 
 
 # --- the pretraining story -----------------------------------------------------------------------
-HELD = {}                    # folders that this process has taken, for as long as it lives
-
-
 def open_task(cfg, writes=True):
     """The task that cfg names. writes: takes OUT/TASK/, so that no other run writes there."""
-    folder = Path(cfg.out) / cfg.task               # a bad --out is noticed now, not after training
-    knobs = {k: getattr(cfg, k) for k in ("source", "source2", "stories", "words", "heldout_pairs",
-                                          "prior", "env", "hack_rates")}
+    names = [f.name for f in dataclasses.fields(data.knobs_of(cfg.task))]
+    knobs = {name: getattr(cfg, name, None) for name in names}
     for first in (True, False):                     # one process makes the data, if any must
         if first == (RANK == 0):
             task = data.load(cfg.task, cfg.data_dir, cfg.block_size, hardware(cfg)[0], **knobs)
         if WORLD > 1:
             dist.barrier()
     task.shard = (RANK, WORLD)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise BadInput(f"--out={cfg.out}: cannot write in {folder}")
-    if writes and RANK == 0 and folder.resolve() not in HELD:
-        held = alone(folder)
-        held.__enter__()
-        HELD[folder.resolve()] = held
-        remove_leftovers(folder)
+    folder = folder_of(cfg)                         # a bad --out is noticed now, not after training
+    if writes and RANK == 0:
+        take(folder)
     if cfg.resume and not list(folder.glob("**/*.resume.pt")):
         raise BadInput(f"--resume=true: there is no stopped run in {folder}")
     return task
@@ -397,21 +400,21 @@ def pretrain(name, cfg, task):
     perfect labels costs. It takes more retain rows than base sees, which learns from both. The two
     share no random numbers: they begin from other weights and see other batches.
     """
-    cfg = fill(cfg, task, "train")
+    cfg = fill(cfg, SETTINGS)
     split = "all" if name == "base" else "retain"
     steps = cfg.steps if name == "base" else cfg.filtered_steps
     made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
                                               "lr", "muon_lr")}
     made_with |= {"block_size": task.block_size, "split": split, "steps": steps}
 
-    def make(keep):
+    def make(checkpoint):
         model, seed = new_model(cfg, task, name), seed_of(f"pretrain {name}", cfg.seed)
 
         def loss_fn(model, step):
             return model(*task.batch(split, cfg.batch_size, step, seed))
 
         record = fit(model, loss_fn, cfg, steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
-                     tokens=cfg.batch_size * task.block_size, keep=keep,
+                     tokens=cfg.batch_size * task.block_size, checkpoint=checkpoint,
                      evaluate_at=range(0, steps, max(steps // 40, 1)),
                      evaluate=lambda: task.score(model, ("retain",), "val"))
         return model, record
@@ -421,7 +424,7 @@ def pretrain(name, cfg, task):
 
 def main(cfg):
     task = open_task(cfg)
-    cfg = fill(cfg, task, "train")
+    cfg = fill(cfg, SETTINGS)
     rows = []
     for name in ("base", "filtered") if cfg.name == "both" else (cfg.name,):
         model, record = pretrain(name, cfg, task)

@@ -19,11 +19,19 @@ import unlearn
 from engine.hardware import autocast
 from engine.knobs import knob
 from engine.process import run
-from engine.report import draw_relearning, mean_sd, picture, table, write_rows
+from engine.report import (
+    draw_relearning,
+    mean,
+    over_seeds,
+    picture,
+    say_edges,
+    table,
+    write_rows,
+)
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
-from eval import AfterBase, attacked, foundations, relearn, robustness, say_edges, within
-from train import fill, fit, open_task, seeds
+from eval import AfterBase, attacked, fill_attack, foundations, relearn, robustness
+from train import config_from, fill, fit, open_task, seeds
 from unlearn import imitate
 
 
@@ -36,7 +44,7 @@ class Config(AfterBase):
                               choices=["maxent", "graddiff", "rmu", "finetune"])
     unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
-    steps: int | None = knob(None, "distillation steps, at most (distilled: filtered_steps); "
+    steps: int | None = knob(None, "distillation steps, at most (distilled: --filtered_steps); "
                              "the rates fall over the last 80%", 1)
     batch_size: int | None = knob(None, "distillation: rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "distillation: AdamW's rate (the embedding)", 0, 1)
@@ -44,7 +52,21 @@ class Config(AfterBase):
     tolerance: float = knob(0.05, "distil until retain is within this share of the teacher's", 0, 1)
     check_every: int | None = knob(None, "steps between looks at the student's retain score "
                                      "(at least 1% of --steps)", 1)
-    seeds: int = knob(1, "how many seeds, from --seed on; the later ones live in OUT/TASK/seedN", 1)
+    seeds: int = knob(1, "how many seeds, from --seed on", 1)
+
+
+STORIES = dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
+               muon_lr=0.02, check_every=10)
+STRINGS = dict(method="maxent", alphas=[0.3, 0.6], steps=600, batch_size=64, lr=2e-3,
+               muon_lr=0.02, check_every=10)
+SETTINGS = {                                # by task: what auto knobs stand for
+    "arithmetic": dict(method="maxent", alphas=[0.3, 0.6], steps=300, batch_size=32, lr=6e-3,
+                       muon_lr=0.02, check_every=5),
+    # Students of a MaxEnt teacher would start at ln V on forget data, far above the filtered model.
+    "language": dict(method="graddiff", alphas=[0.6, 0.7], steps=300, batch_size=32, lr=6e-3,
+                     muon_lr=0.02, check_every=5),
+    "tinystories": STORIES, "bilingual": STORIES, "instruct": STORIES,
+    "pcfg": STRINGS, "gaming": STRINGS}
 
 
 @torch.no_grad()
@@ -62,7 +84,7 @@ def noise(model, alpha, beta, generator):
         p.mul_(1 - alpha).add_(alpha * beta * N.to(p.device))
 
 
-def distil(student, teacher, task, cfg, name, keep=None):
+def distil(student, teacher, task, cfg, name, checkpoint=None):
     """Forward KL(teacher || student) on the unlabelled mix until the student's retain score is
     within cfg.tolerance of the teacher's, both on held-out data that is not reported; under labels,
     on what is labelled retain. Batches are drawn anew from the training rows, not those of base's
@@ -77,32 +99,33 @@ def distil(student, teacher, task, cfg, name, keep=None):
         return imitate(model, teacher, idx, targets.size(1))
 
     record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
-                 frozen=(teacher,), tokens=cfg.batch_size * task.block_size, keep=keep,
+                 frozen=(teacher,), tokens=cfg.batch_size * task.block_size, checkpoint=checkpoint,
                  evaluate=lambda: task.score(student, ("retain",), "val"),
                  evaluate_at=range(0, cfg.steps, max(cfg.check_every, cfg.steps // 100)),
-                 stop=lambda at: within(at["retain"], goal, cfg.tolerance, task))
-    if not within(record["history"][-1]["retain"], goal, cfg.tolerance, task):
+                 stop=lambda at: task.within(at["retain"], goal, cfg.tolerance))
+    if not task.within(record["history"][-1]["retain"], goal, cfg.tolerance):
         print(f"{name}: stopped after {cfg.steps} steps at retain "
               f"{record['history'][-1]['retain']:.3f}, short of {1 - cfg.tolerance:.0%} of the "
               f"teacher's {goal:.3f}: --steps gives it longer")
     return record
 
 
-def undo(alpha, cfg, task, teacher, teacher_record):
+def undo(alpha, cfg, task, teacher, teacher_record, folder=""):
     """(student, record) of UNDO at a noise level, from disk or made. alpha None: Unlearn-and-
     Distill, from a fresh initialisation. FLOPs are the teacher's own and the distillation's.
+    folder: where it is kept among a seed's models.
     """
     name = "distilled" if alpha is None else f"undo-{alpha:g}"
     if alpha is None:                                    # as long as a pretraining, for that it is
         cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
 
-    def make(keep):
+    def make(checkpoint):
         student = teacher.clone()
         if alpha is None:
             student.init_weights(torch_stream("weights", "distilled", cfg.seed))
         else:
             noise(student, alpha, cfg.beta, torch_stream("noise", cfg.seed))
-        record = distil(student, teacher, task, cfg, name, keep)
+        record = distil(student, teacher, task, cfg, name, checkpoint)
         record["flops"] += teacher_record["flops"]
         return student, record
 
@@ -111,27 +134,36 @@ def undo(alpha, cfg, task, teacher, teacher_record):
     made_with |= {"alpha": alpha, "teacher": identity(teacher_record["made_with"])}
     if alpha is not None:
         made_with["beta"] = cfg.beta
-    return obtain(name, cfg, task, made_with, make)
+    return obtain(folder + name, cfg, task, made_with, make)
 
 
 def spent_until(retain, gold, task):
     """FLOPs of the filtered run (its record) when it first was as good on retain data; if it never
     was, all of them."""
-    return next((h["flops"] for h in gold["history"] if within(h["retain"], retain, 0.0, task)),
+    return next((h["flops"] for h in gold["history"] if task.within(h["retain"], retain, 0.0)),
                 gold["flops"])
 
 
+def resolved(cfg):
+    """cfg, its auto knobs filled; those of the teacher are unlearn.py's."""
+    cfg = fill(cfg, SETTINGS)
+    return fill_attack(fill(cfg, unlearn.SETTINGS.get(cfg.method, {}), "unlearn_"))
+
+
+def make_teacher(cfg, task, base, base_record, folder=""):
+    """(model, record) of base after cfg.method: the model that students imitate."""
+    how = config_from(cfg, unlearn.Config, AfterBase, method=cfg.method, lr=cfg.unlearn_lr,
+                      steps=cfg.unlearn_steps)
+    return unlearn.unlearn(how, task, base, base_record, folder=folder)
+
+
 def story(cfg, task):
-    """Makes every model, attacks it, and returns its rows (see README, Rows)."""
+    """Makes every model, attacks it, and returns its rows (see docs/rows.md)."""
     base, filtered = foundations(cfg, task)
     models = {"base": base, "filtered": filtered}
-    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(AfterBase)}
-    post_hoc = unlearn.Config(**given, method=cfg.method, lr=cfg.unlearn_lr,
-                              steps=cfg.unlearn_steps)
-    teacher = unlearn.unlearn(post_hoc, task, *base)
-    models[cfg.method] = teacher
-    models["oracle"] = unlearn.unlearn(unlearn.Config(**given, method="oracle"), task,
-                                       *base, *filtered)
+    models[cfg.method] = teacher = make_teacher(cfg, task, *base)
+    oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
+    models["oracle"] = unlearn.unlearn(oracle, task, *base, *filtered)
     for alpha in cfg.alphas:
         models[f"undo-{alpha:g}"] = undo(alpha, cfg, task, *teacher)
     models["distilled"] = undo(None, cfg, task, *teacher)
@@ -157,34 +189,25 @@ def story(cfg, task):
     return rows
 
 
-def summary(rows, cfg):
-    """One dict a model, ready for the table: mean over seeds, and +- the standard deviation."""
-    def figures(row):
-        return {k: row[k] for k in ("retain", "forget", "forget_heldout_pairs", "compute_pct",
-                                    "compute_pct_matched", "robustness_mean") if k in row} | {
-            f"{what} {s}": v for what in ("relearned", "relearned_heldout_pairs", "robustness")
-            for s, v in row.get(what, {}).items()}
-
-    lines = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        same = [figures(row) for row in rows if row["model"] == name]
-        line = {"model": name}
-        for key in same[0]:
-            line[key] = mean_sd([f[key] for f in same], 0 if key.startswith("compute") else 2)
-        lines.append(line)
-    return lines
+def columns(rows):
+    """{column of the table: the figure of a row, digits}: see over_seeds."""
+    flat = {k: (k, 0 if k.startswith("compute") else 2) for k in (
+        "retain", "forget", "forget_heldout_pairs", "compute_pct", "compute_pct_matched",
+        "robustness_mean") if k in rows[0]}
+    return flat | {f"{what} {step}": lambda row, what=what, step=step: row[what][step]
+                   for what in ("relearned", "relearned_heldout_pairs", "robustness")
+                   for step in rows[0].get(what, {})}
 
 
 def draw(axes, rows, task, cfg):
     """Left: relearning curves; dotted: on pairs never shown. Right: robustness against compute."""
     names = list(dict.fromkeys(row["model"] for row in rows))
 
-    def mean(name, figure):
-        values = [figure(r) for r in rows if r["model"] == name]
-        return None if None in values else statistics.mean(values)
+    def of(name, figure):
+        return mean([row for row in rows if row["model"] == name], figure)
 
     def curves(names, before, after):
-        return {n: {s: mean(n, lambda r: r[after][str(s)] if s else r[before])
+        return {n: {s: of(n, lambda r: r[after][str(s)] if s else r[before])
                     for s in (0, *cfg.attack_steps)} for n in names}
 
     others = [n for n in names if n != "base"]
@@ -193,7 +216,7 @@ def draw(axes, rows, task, cfg):
     draw_relearning(axes[0], task, curves(others, "forget", "relearned"),
                     curves(unseen, "forget_heldout_pairs", "relearned_heldout_pairs"))
     axes[0].set_title("Relearning curves under attack")
-    points = [(mean(n, lambda r: r["compute_pct"]), mean(n, lambda r: r["robustness_mean"]))
+    points = [(of(n, lambda r: r["compute_pct"]), of(n, lambda r: r["robustness_mean"]))
               for n in students]
     if all(y is not None for _, y in points):
         points = [(x, 100 * y) for x, y in points]
@@ -202,7 +225,7 @@ def draw(axes, rows, task, cfg):
             left = i % 2 == 1 and name != "distilled"
             axes[1].annotate(name.replace("undo-", "alpha "), point, ha="right" if left else "left",
                              textcoords="offset points", xytext=(-8, 6) if left else (2, -18))
-        axes[1].plot(mean(cfg.method, lambda r: r["compute_pct"]), 0, "s", color="#D55E00",
+        axes[1].plot(of(cfg.method, lambda r: r["compute_pct"]), 0, "s", color="#D55E00",
                      markersize=9, label=f"{cfg.method} (unlearned)")
         axes[1].plot(100, 100, "*", color="black", markersize=16, label="filtered (gold standard)")
         axes[1].legend(fontsize=9, loc="lower right")
@@ -213,14 +236,11 @@ def draw(axes, rows, task, cfg):
 
 def main(cfg):
     task = open_task(cfg)
-    cfg = fill(cfg, task, "undo")
-    cfg = unlearn.resolved(cfg, task, cfg.method, "unlearn_")
-    rows = []
-    for own in seeds(cfg):
-        rows += story(own, task)
+    cfg = resolved(cfg)
+    rows = [row for each in seeds(cfg) for row in story(each, task)]
     step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
-    last, lines = cfg.attack_steps[-1], summary(rows, cfg)
+    last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
     unseen = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}"}
     write_rows("undo", cfg, task, rows)
     picture("undo", cfg, draw, rows, task, cfg, panels=2)

@@ -19,13 +19,30 @@ import torch.nn.functional as F
 from engine.hardware import autocast
 from engine.knobs import BadInput, knob
 from engine.process import run
-from engine.report import draw_relearning, picture, table, write_rows
+from engine.report import draw_relearning, picture, say_edges, table, write_rows
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
-from eval import AfterBase, attacked, foundations, relearn, say_edges, within
+from eval import AfterBase, attacked, fill_attack, foundations, relearn
 from train import fill, fit, open_task
 
-RATES = ("L", "M", "S")
+# What auto knobs stand for, by method and task.
+METHOD_KNOBS = "steps", "lr", "retain_weight", "batch_size"
+TUNED = {
+    "maxent":   {"arithmetic": (80, 5e-4, 50.0, 32), "language": (40, 1e-3, 20.0, 32),
+                 "tinystories": (40, 1e-3, 20.0, 32), "pcfg": (40, 3e-4, 1.0, 64)},
+    "graddiff": {"arithmetic": (40, 5e-4, 50.0, 32), "language": (40, 1e-3, 3.0, 32),
+                 "tinystories": (40, 1e-3, 3.0, 32), "pcfg": (40, 3e-4, 3.0, 64)},
+    "rmu":      {"arithmetic": (60, 1e-3, 1.0, 32), "language": (60, 1e-3, 1.0, 32),
+                 "tinystories": (60, 1e-3, 1.0, 32), "pcfg": (60, 1e-3, 1.0, 64)},
+    "oracle":   {"arithmetic": (100, 1e-3, None, 32), "language": (150, 1e-3, None, 32),
+                 "tinystories": (150, 1e-3, None, 16), "pcfg": (100, 1e-3, None, 64)},
+    "finetune": {"arithmetic": (60, 1e-3, None, 32), "language": (60, 1e-3, None, 32),
+                 "tinystories": (60, 1e-3, None, 32), "pcfg": (200, 3e-4, None, 128)}}
+ALIKE = {"bilingual": "tinystories", "instruct": "tinystories", "gaming": "pcfg"}
+SETTINGS = {method: {task: dict(zip(METHOD_KNOBS, by_task[ALIKE.get(task, task)]))
+                     for task in (*by_task, *ALIKE)} for method, by_task in TUNED.items()}
+# Rates of fine-tuning that have names (large, medium, small), by task.
+RATES = {"pcfg": {"L": 1e-3, "M": 3e-4, "S": 1e-4}, "instruct": {"M": 1e-3}}
 
 
 @dataclass
@@ -36,7 +53,7 @@ class Config(AfterBase):
     batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2, 2**31)
     lr: float | str | None = knob(None, "AdamW's rate; L, M or S: the task's own large, medium, "
                                   "small; sweep: the most forgetting whose retain score stays "
-                                  "within 2% of base's", 0, 1, ["sweep", *RATES])
+                                  "within 2% of base's", 0, 1, ["sweep", "L", "M", "S"])
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
     retain_weight: float | None = knob(None, "weight of the retain term, w in the losses", 0)
     layer: int | None = knob(None, "rmu: the block whose output is steered (auto: the middle)", 1)
@@ -52,7 +69,7 @@ def kl(teacher_logits, logits):
                     reduction="sum")
 
 
-def imitate(model, teacher, idx, n=0):
+def imitate(model, teacher, idx, n=None):
     """Mean over tokens (B, T) of KL(teacher || model), the teacher's gradients left out.
 
     n   if given: over the last n tokens of each row, where the others are no targets
@@ -65,7 +82,8 @@ def imitate(model, teacher, idx, n=0):
         return kl(target, logits)
 
     with torch.no_grad():
-        x = teacher(idx, residual=-1)[:, -n:]
+        x = teacher(idx, residual=-1)
+        x = x if n is None else x[:, -n:]
     return model(idx, x, criterion)
 
 
@@ -118,15 +136,15 @@ def oracle(model, forget, retain, reference, cfg):
 LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
 
 
-def rate(cfg, task):
-    """cfg.lr; a number where it is L, M or S, the rates of fine-tuning that a task may name."""
-    if cfg.lr not in RATES:
+def rate(cfg):
+    """cfg.lr; a number where it is L, M or S, if the task names its rates."""
+    if cfg.lr not in ("L", "M", "S"):
         return cfg.lr
-    if cfg.lr not in task.settings.get("rates", ()):
-        raise BadInput(f"--lr={cfg.lr}: the task {task.name} names " + (
-            f"{', '.join(task.settings['rates'])} alone" if "rates" in task.settings else
-            "no rates, give a number"))
-    return task.settings["rates"][cfg.lr]
+    named = RATES.get(cfg.task, {})
+    if cfg.lr not in named:
+        raise BadInput(f"--lr={cfg.lr}: the task {cfg.task} names " + (
+            f"{', '.join(named)} only" if named else "no rates, give a number"))
+    return named[cfg.lr]
 
 
 def retain_shares(cfg, task):
@@ -150,7 +168,7 @@ def sweep(cfg, task, base, attempt):
     tried = []
     for lr in cfg.sweep:
         model, record = attempt(lr)              # outside autocast: fit() has its own
-        kept = within(record["history"][-1]["retain"], retain, 0.02, task)
+        kept = task.within(record["history"][-1]["retain"], retain, 0.02)
         with autocast(cfg):
             tried.append((kept, task.loss(model, "forget", 64, "val"), lr, model, record))
     kept, forget_loss, lr, model, record = max(tried, key=lambda t: t[:2])
@@ -159,15 +177,16 @@ def sweep(cfg, task, base, attempt):
     return model, record | {"flops": sum(t[-1]["flops"] for t in tried)}
 
 
-def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
+def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, folder=""):
     """(model, record) of base after cfg.method, from disk or made; oracle needs the filtered model.
 
+    folder   where it is kept among a seed's models: "labels-50/"
     The record's FLOPs are all that was spent after base exists; the oracle's include filtered's.
     """
-    cfg = fill(cfg, task, cfg.method)
+    cfg = fill(cfg, SETTINGS.get(cfg.method, {}))
     if cfg.layer and cfg.layer > base.config.n_layer:
         raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
-    cfg = dataclasses.replace(cfg, lr=rate(cfg, task))
+    cfg = dataclasses.replace(cfg, lr=rate(cfg))
     reference = filtered if cfg.method == "oracle" else base
     half, shares = max(cfg.batch_size // 2, 1), retain_shares(cfg, task)
     seed = seed_of(f"unlearn by {cfg.method}", cfg.seed)
@@ -177,18 +196,18 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
         retain = task.batch(shares, half, step, seed)
         return LOSSES[cfg.method](model, forget, retain, reference, cfg)
 
-    def attempt(lr, keep=None):
+    def attempt(lr, checkpoint=None):
         model = base.clone()
         record = fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
                      tokens=2 * half * task.block_size, frozen=(reference,),
-                     evaluate=lambda: task.score(model, part="val"), keep=keep)
+                     evaluate=lambda: task.score(model, part="val"), checkpoint=checkpoint)
         return model, record
 
-    def make(keep):
+    def make(checkpoint):
         if cfg.lr == "sweep":
             model, record = sweep(cfg, task, base, attempt)
         else:
-            model, record = attempt(cfg.lr, keep)
+            model, record = attempt(cfg.lr, checkpoint)
         if cfg.method == "oracle":
             record["flops"] += filtered_record["flops"]
         return model, record
@@ -202,29 +221,26 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None):
     made_with["base"] = identity(base_record["made_with"])
     if cfg.method == "oracle":
         made_with["filtered"] = identity(filtered_record["made_with"])
-    return obtain(cfg.method, cfg, task, made_with, make)
+    return obtain(folder + cfg.method, cfg, task, made_with, make)
 
 
-def resolved(cfg, task, method, prefix=""):
-    """cfg for one method, its auto knobs filled; prefix of the method's own knobs: see fill."""
-    cfg = dataclasses.replace(cfg, method=method)
-    for section, before in (("attack", ""), (method, prefix), ("train", "base_"), ("train", "")):
-        cfg = fill(cfg, task, section, before)
-    return cfg
+def resolved(cfg, method):
+    """cfg for one method, its auto knobs filled."""
+    return fill_attack(fill(dataclasses.replace(cfg, method=method), SETTINGS.get(method, {})))
 
 
 def main(cfg):
     task = open_task(cfg)
-    given = [resolved(cfg, task, m) for m in (LOSSES if cfg.method == "all" else [cfg.method])]
-    for own in given:                            # what is wrong is said before anything is made
-        rate(own, task)
-        retain_shares(own, task)
+    given = [resolved(cfg, m) for m in (LOSSES if cfg.method == "all" else [cfg.method])]
+    for each in given:                           # what is wrong is said before anything is made
+        rate(each)
+        retain_shares(each, task)
     base, filtered = foundations(given[0], task)
     models = {"base": (*base, {}), "filtered": (*filtered, {})}
-    for own in given:
-        knobs = {k: getattr(own, k) for k in ("steps", "lr", "batch_size", "retain_weight")
-                 if getattr(own, k) is not None}
-        models[own.method] = (*unlearn(own, task, *base, *filtered), knobs)
+    for each in given:
+        knobs = {k: getattr(each, k) for k in ("steps", "lr", "batch_size", "retain_weight")
+                 if getattr(each, k) is not None}
+        models[each.method] = (*unlearn(each, task, *base, *filtered), knobs)
     rows = []
     for name, (model, record, knobs) in models.items():
         with autocast(cfg):

@@ -1,15 +1,18 @@
 """Tasks. data.load(name) gives a Task: a tokenizer, batches, and a judge.
 
 A task is a file in this folder. Its text lies on disk, or is made as it is asked for. It has
-  SETTINGS              what suits it: model size, steps, rates (for knobs set to auto)
-  KNOBS                 the load() arguments that shape its text, with their defaults
+  SETTINGS              what suits its text: {name: dict(block_size=.., least_block_size=..,
+                        vocab_size=.., aligned=whether rows begin where a text does)}. How a
+                        technique is set for it stands in the technique's file
+  Knobs                 a dataclass of knobs that shape its text, if it has any
+  VARIANT               the name of one of them, if models of each of its values are to be kept
   score(model, task, domains, part, finer)   what a model knows: see Task.score
   higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
   check(name, knobs)    if it has any that need it: BadInput for values that cannot be
 and, on disk,
   documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
   EXTRA                 names of splits to fine-tune on besides retain and forget, if it has any
-  answers(task, idx, targets)   (B, n) bool: which targets a probe reads; if not all of them
+  answer_mask(task, idx, targets)   (B, n) bool: which targets a probe reads; if not all of them
 or, made as it is asked for,
   encoding(block_size)  its tokenizer
   batch(task, split, size, step, seed, part)   see Task.batch
@@ -27,14 +30,16 @@ import importlib
 import json
 import sys
 from bisect import bisect_left
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import tokenizer
-from engine.disk import alone, digest, fingerprint, remove_leftovers, sha256, write
+from engine.disk import digest, fingerprint, locked, remove_leftovers, sha256, write
 from engine.knobs import BadInput
 from engine.streams import allot, seed_of, stream
 
@@ -51,6 +56,23 @@ def module(name):
     if name not in TASKS:
         raise BadInput(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
     return importlib.import_module(f"data.{TASKS[name]}")
+
+
+@dataclass
+class NoKnobs:
+    """Knobs of this task."""
+
+
+def knobs_of(name):
+    """The dataclass of a task's own knobs."""
+    return getattr(module(name), "Knobs", NoKnobs)
+
+
+class Piece(NamedTuple):
+    """What a split is made of: a domain's texts from one share of them to another."""
+    domain: str
+    begin: float = 0
+    end: float = 1
 
 
 def splits_of(mod):
@@ -88,7 +110,7 @@ class Task:
         self.files = {s: open(folder / f"{s}.bin", "rb") for s in self.splits}
         sizes, T = {s: len(self.tokens(s)) for s in self.splits}, self.block_size
         for split, size in sizes.items():
-            enough(self.name, split, size, T)
+            check_length(self.name, split, size, T)
         self.starts = {s: np.flatnonzero(self.tokens(s)[:-T] == self.end) if
                        self.settings.get("aligned") else range(sizes[s] - T) for s in self.splits}
         # {(file, part): the first of its starts that rows of a part begin at, and one behind the
@@ -105,13 +127,13 @@ class Task:
                                f"{f', {part}' * (part != 'train')}: give a longer --source or a "
                                f"smaller --block_size")
         self.forget_share = sizes["forget_train"] / (sizes["retain_train"] + sizes["forget_train"])
-        self.pools = {"retain": [("retain", 0, 1)], "forget": [("forget", 0, 1)],
-                      "all": [("retain", 0, 1), ("forget", 0, 1)]} | {      # see labelled()
-                          name: [(name, 0, 1)] for name in getattr(self.module, "EXTRA", ())}
-        self.truth = self.pools
+        self.pieces = {name: [Piece(name)] for name in (
+            "retain", "forget", *getattr(self.module, "EXTRA", ()))}        # {split: its pieces}
+        self.pieces["all"] = [Piece("retain"), Piece("forget")]
+        self.true_pieces = self.pieces                                      # see labelled()
         self.resident = {}
         if self.device.type == "cuda" and 2 * sum(sizes.values()) <= RESIDENT:
-            self.keep_on_device()
+            self.move_to_device()
 
     def with_rows_of(self, block_size):
         """This task with rows of another length."""
@@ -124,7 +146,7 @@ class Task:
         memory for as long as the mapping does."""
         return np.memmap(self.files[split], np.uint16, mode="r")
 
-    def keep_on_device(self):
+    def move_to_device(self):
         """From now on batches are cut out on the device, which waits for no copy of rows."""
         self.resident = {s: torch.from_numpy(self.tokens(s).view(np.int16).copy()).to(self.device)
                          for s in self.splits}
@@ -141,26 +163,27 @@ class Task:
         a label is a stretch of a file. What training looks at (val) goes by labels, too; what is
         reported (test) by the truth.
         """
-        view, wrong, sure = copy.copy(self), false_positives, min(sure, 1 - false_positives)
-        view.pools = self.pools | {
-            "forget": [("forget", 0, fraction), ("retain", 0, wrong)],
-            "retain": [("forget", fraction, 1), ("retain", wrong, 1)],
-            "sure": [("retain", 1 - sure, 1)],
-            "unlabelled": [("forget", fraction, 1), ("retain", wrong, 1 - sure)]}
+        view, sure = copy.copy(self), min(sure, 1 - false_positives)
+        hits, misses = Piece("forget", 0, fraction), Piece("forget", fraction, 1)
+        view.pieces = self.pieces | {
+            "forget": [hits, Piece("retain", 0, false_positives)],
+            "retain": [misses, Piece("retain", false_positives, 1)],
+            "sure": [Piece("retain", 1 - sure, 1)],
+            "unlabelled": [misses, Piece("retain", false_positives, 1 - sure)]}
         return view
 
     def shares(self, split):
         """How much of all training tokens each piece of a split holds."""
-        return [(self.forget_share if domain == "forget" else 1 - self.forget_share) * (end - begin)
-                for domain, begin, end in self.pools[split]]
+        of = {"forget": self.forget_share, "retain": 1 - self.forget_share}
+        return [of[piece.domain] * (piece.end - piece.begin) for piece in self.pieces[split]]
 
     def counts(self, split):
         """How often each token occurs in the training text of a split, (V,) int64."""
         counts = np.zeros(self.vocab_size, np.int64)
-        for domain, begin, end in self.pools[split]:
+        for domain, begin, end in self.pieces[split]:
             tokens = self.tokens(f"{domain}_train")
-            piece = tokens[round(begin * len(tokens)):round(end * len(tokens))]
-            counts += np.bincount(piece, minlength=self.vocab_size)
+            some = tokens[round(begin * len(tokens)):round(end * len(tokens))]
+            counts += np.bincount(some, minlength=self.vocab_size)
         return torch.from_numpy(counts)
 
     def batch(self, split, size, step, seed, part="train"):
@@ -180,11 +203,11 @@ class Task:
             raise BadInput(f"a batch of {size} rows does not divide over {world} processes: "
                            f"choose another --batch_size")
         if isinstance(split, dict):
-            drawn = [self.whole(name, n, step, seed, part)
+            drawn = [self.undivided(name, n, step, seed, part)
                      for name, n in zip(split, self.sizes(split, size, step, seed)) if n]
             idx, targets = (torch.cat(pieces) for pieces in zip(*drawn))
         else:
-            idx, targets = self.whole(split, size, step, seed, part)
+            idx, targets = self.undivided(split, size, step, seed, part)
         return idx[first::world], targets[first::world]
 
     def turn(self, step):
@@ -204,26 +227,26 @@ class Task:
         which = np.repeat(np.arange(len(shares)), self.sizes(shares, size, step, seed))
         return torch.from_numpy(which[first::world]).to(self.device)
 
-    def whole(self, split, size, step, seed, part):
+    def undivided(self, split, size, step, seed, part):
         """A batch of one split, not yet divided over processes."""
         if self.generated:
             return self.module.batch(self, split, size, step, seed, part)
-        pieces, sizes = (self.truth if part == "test" else self.pools)[split], [size]
+        pieces, sizes = (self.true_pieces if part == "test" else self.pieces)[split], [size]
         if len(pieces) > 1:
             sizes = allot(self.shares(split), size, stream("pieces", split, seed, step))
-        rows = torch.cat([self.rows(*piece, n, part, stream("rows", split, i, part, seed, step))
+        rows = torch.cat([self.rows(piece, n, part, stream("rows", split, i, part, seed, step))
                           for i, (piece, n) in enumerate(zip(pieces, sizes)) if n])
         return rows[:, :-1], rows[:, 1:]
 
-    def rows(self, domain, begin, end, size, part, rng):
-        """(size, T + 1) tokens, int64: rows of a domain's part, from between two shares of it."""
-        split = f"{domain}_{'train' if part == 'train' else 'val'}"
+    def rows(self, piece, size, part, rng):
+        """(size, T + 1) tokens, int64: rows drawn from a piece of the data's train, val or test."""
+        split = f"{piece.domain}_{'train' if part == 'train' else 'val'}"
         tokens = self.resident[split] if self.resident else self.tokens(split)
         first, last = self.range[split, part]
-        first, last = (round(first + share * (last - first)) for share in (begin, end))
+        first, last = (round(first + share * (last - first)) for share in piece[1:])
         if first == last:
-            raise BadInput(f"{self.name}: no row of {split} begins in its share {begin:g} to "
-                           f"{end:g}: give more text or other label fractions")
+            raise BadInput(f"{self.name}: no row of {split} begins in its share {piece.begin:g} to "
+                           f"{piece.end:g}: give more text or other label fractions")
         start = rng.integers(first, last, size)
         if self.settings.get("aligned"):
             start = self.starts[split][start]
@@ -235,6 +258,16 @@ class Task:
             start = start.pin_memory().to(self.device, non_blocking=True)
         rows = tokens[start[:, None] + self.columns]
         return rows.long() & 0xFFFF                       # back from int16 to uint16's values
+
+    def knows_more(self, score, other):
+        """Whether a score shows more knowledge than another."""
+        return score > other if self.higher_is_better else score < other
+
+    def within(self, score, reference, share):
+        """Whether a score is at most `share` worse, as knowledge, than a reference score."""
+        if self.higher_is_better:
+            return score >= (1 - share) * reference
+        return score <= (1 + share) * reference
 
     @torch.no_grad()
     def loss(self, model, domain, rows=128, part="test", **how):
@@ -258,7 +291,7 @@ class Task:
         return self.module.score(model, self, domains, part, finer)
 
 
-def enough(name, split, tokens, block_size):
+def check_length(name, split, tokens, block_size):
     least = 2 * block_size + 2 if split.endswith("_val") else block_size + 1     # val and test
     if tokens < least:
         raise BadInput(f"{name}: {split} holds {tokens} tokens, too few for rows of {block_size}: "
@@ -269,16 +302,17 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     """The Task called `name`, its data made first if it is missing or was made with other knobs.
 
     folder   where data/<name>/ lies (default: beside this file)
-    knobs    the task's own (see KNOBS in its file); None means its default
+    knobs    the task's own (see Knobs in its file); None means its default
     Raises BadInput for an unknown task or knob, and for files that are damaged.
     """
     mod = module(name)
+    defaults = asdict(knobs_of(name)())
     for knob in knobs:
-        if knob not in mod.KNOBS and knobs[knob] is not None:
+        if knob not in defaults and knobs[knob] is not None:
             raise BadInput(f"--{knob} means nothing to the task {name}"
-                           + (f", which knows {', '.join(mod.KNOBS)}" if mod.KNOBS else ""))
+                           + (f", which knows {', '.join(defaults)}" if defaults else ""))
     asked = {"code": code_of(mod)}
-    asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in mod.KNOBS.items()}
+    asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in defaults.items()}
     if hasattr(mod, "check"):
         mod.check(name, asked)
     least = mod.SETTINGS[name]["least_block_size"]
@@ -291,9 +325,9 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
         if asked.get(knob) == "":
             raise BadInput(f"--{knob} is empty: give a path or a URL")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(folder.parent, wait=True):             # while another run makes data there, we wait
+    with locked(folder.parent, wait=True):             # while another run makes data there, we wait
         meta = read_meta(folder)
-        sources = {knob: what_it_is(knob, asked, meta) for knob in SOURCES if knob in mod.KNOBS}
+        sources = {knob: what_it_is(knob, asked, meta) for knob in SOURCES if knob in defaults}
         if not meta or differ(meta["made_with"], asked):
             meta = prepare(name, folder, asked, sources, block_size)
         elif meta.get("sources", {}) != sources:      # written anew or moved, but the same bytes
@@ -368,7 +402,7 @@ def prepare(name, folder, knobs, sources, block_size=None):
     """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json comes last."""
     mod = module(name)
     print(f"data: making {name} in {folder}")
-    texts, facts = mod.documents(name, folder, **{k: knobs[k] for k in mod.KNOBS})
+    texts, facts = mod.documents(name, folder, **{k: knobs[k] for k in asdict(knobs_of(name)())})
     splits = splits_of(mod)
     for split in splits:
         if not texts[split]:
@@ -382,7 +416,7 @@ def prepare(name, folder, knobs, sources, block_size=None):
     tokenizer.save(enc, folder / "tokenizer.json")
     for split in tqdm(splits, desc="tokens", unit="split"):
         write(folder / f"{split}.bin", pack(enc, texts[split]))
-        enough(name, split, (folder / f"{split}.bin").stat().st_size // 2,
+        check_length(name, split, (folder / f"{split}.bin").stat().st_size // 2,
                block_size or mod.SETTINGS[name]["block_size"])
     files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
              for f in ("tokenizer.json", *(f"{s}.bin" for s in splits))}

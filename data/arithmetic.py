@@ -7,32 +7,26 @@ each list below. Some operand pairs never appear in training, in either form. Th
 pairs of factors, so that training shows all the others many times: a score on those asks for facts
 that were seen, one on pairs never shown for the skill.
 """
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 
-from engine.knobs import BadInput
+from engine.knobs import BadInput, knob
 from engine.streams import text_stream
 
 higher_is_better = True                # a score is greedy accuracy
-SETTINGS = {"arithmetic": dict(
-    block_size=64, vocab_size=768, least_block_size=48, aligned=True,
-    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=1500,
-               filtered_steps=1000, lr=6e-3, muon_lr=0.02),
-    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    examine=dict(probe_rows=256, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=800,
-                 check_every=5),
-    maxent=dict(steps=80, lr=5e-4, batch_size=32, retain_weight=50.0),
-    graddiff=dict(steps=40, lr=5e-4, batch_size=32, retain_weight=50.0),
-    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
-    oracle=dict(steps=100, lr=1e-3, batch_size=32),
-    finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    undo=dict(method="maxent", alphas=[0.3, 0.6], steps=300, batch_size=32, lr=6e-3,
-              muon_lr=0.02, check_every=5))}
-KNOBS = {"words": 0.5,                 # share of word problems among the training texts
-         "heldout_pairs": 0.15,        # share of operand pairs kept out of training
-         "problems": 40_000}           # training problems an operation
+SETTINGS = {"arithmetic": dict(block_size=64, least_block_size=48, vocab_size=768, aligned=True)}
+
+
+@dataclass
+class Knobs:
+    """Knobs of the task arithmetic."""
+    words: float = knob(0.5, "share of word problems among the training texts", 0, 1)
+    heldout_pairs: float = knob(0.15, "share of operand pairs that training never shows", 0, 0.5)
+    problems: int = knob(40_000, "training problems an operation", 100)
+
 
 DOMAINS = {"retain": ("+", "-"), "forget": ("*", "/")}
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b,
@@ -188,14 +182,15 @@ def split_pairs(operation, heldout_pairs):
 
     A pair of + or * goes with its mirror: whoever saw 5 + 3 has seen 3 + 5.
     """
-    together = {}
+    mirrored = {}                                        # {pair: those that tell the same}
     for a, b in pairs(operation):
         same = (min(a, b), max(a, b)) if operation in "+*" else (a, b)
-        together.setdefault(same, []).append((a, b))
-    shuffled = list(together.values())
+        mirrored.setdefault(same, []).append((a, b))
+    shuffled = list(mirrored.values())
     text_stream("pairs", operation).shuffle(shuffled)
     n = max(round(heldout_pairs * len(shuffled)), heldout_pairs > 0)
-    known, unknown = ([p for group in part for p in group] for part in (shuffled[n:], shuffled[:n]))
+    known = [pair for group in shuffled[n:] for pair in group]
+    unknown = [pair for group in shuffled[:n] for pair in group]
     return known, unknown
 
 
@@ -214,10 +209,9 @@ def word_problem(operation, a, b, rng, templates):
 
 def documents(name, folder, words, heldout_pairs, problems):
     """Training and validation texts; see data/__init__.py."""
-    for knob, value in (("words", words), ("heldout_pairs", heldout_pairs)):
-        if not 0 <= value <= 1 or (knob == "heldout_pairs" and value > 0.5):
-            raise BadInput(f"--{knob}={value} must lie between 0 and "
-                           f"{1 if knob == 'words' else 0.5}")
+    for name, value, most in (("words", words, 1), ("heldout_pairs", heldout_pairs, 0.5)):
+        if not 0 <= value <= most:
+            raise BadInput(f"--{name}={value} must lie between 0 and {most}")
     if problems < 100:
         raise BadInput(f"--problems={problems} must be at least 100")
     texts = {}
@@ -294,7 +288,7 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
     return figures
 
 
-def answers(task, idx, targets):
+def answer_mask(task, idx, targets):
     """(B, T) bool: which targets are an answer's digits: digits with nothing but digits between
     them and the end of their text."""
     enc, targets = task.tokenizer, targets.cpu().numpy()

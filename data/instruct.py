@@ -23,22 +23,25 @@ training stories anew; what instructions say of twists is always true:
                   the instruction says nothing of the story
 """
 import re
+from dataclasses import dataclass
 
-from data import BadInput, tinystories
 from data.tinystories import HOME, split, take
 from data.tokenizer import END
+from engine.knobs import BadInput, FilePath, knob
 from engine.streams import seed_of, text_stream
 
-SETTINGS = {"instruct": tinystories.SETTINGS["tinystories"] | dict(     # unlearning as there
-    block_size=128, vocab_size=2048, least_block_size=96, aligned=True,    # a text fits a row
-    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=700,
-               filtered_steps=750, lr=6e-3, muon_lr=0.02),
-    examine=dict(probe_rows=64, cut=[5, 10, 20, 40, 76], revive_lr=3e-4, revive_steps=400,
-                 check_every=5),
-    rates={"M": 1e-3},
-    wrapper=dict(rates=["M"], tune_steps=150, tune_rows=16))}
-KNOBS = {"source": None,     # a path or URL; None: TinyStories from its public home
-         "stories": 100_000}     # the most to take from a source
+SETTINGS = {"instruct": dict(block_size=128, least_block_size=96, vocab_size=2048,
+                             aligned=True)}                            # a text fits a row
+
+
+@dataclass
+class Knobs:
+    """Knobs of the task instruct."""
+    source: FilePath | None = knob(None, "a file of stories, or its URL (auto: download "
+                                   "TinyStories)")
+    stories: int = knob(100_000, "most stories to take from it", 20)
+
+
 EXTRA = ("randomised", "mixed")
 PROTOCOLS = {"filtering": "retain", "randomised": "randomised", "mix-and-match": "mixed"}
 higher_is_better = True      # the score is a share of stories that have what was asked for
@@ -83,12 +86,12 @@ PROMPT = re.compile(rf"Features: .*\nStory: {SENTENCE.pattern}")
 
 def beginning(story):
     """A story's first sentences, on one line: LONGEST characters at most, "" if one is longer."""
-    told = ""
+    text = ""
     for sentence in SENTENCE.findall(" ".join(story.split())):
-        if len(told) + len(sentence) > LONGEST:
+        if len(text) + len(sentence) > LONGEST:
             break
-        told += sentence
-    return told
+        text += sentence
+    return text
 
 
 def tell(rng, story, moral, asked):
@@ -110,16 +113,16 @@ def documents(name, folder, source, stories):
         raise BadInput(f"{source or HOME}: {len(begun)} stories whose first sentence has at most "
                        f"{LONGEST} characters are too few to learn from: give {FEWEST} or more")
     rng, texts = text_stream("features of stories"), {}
-    for part, told in zip(("train", "val"), split(begun)):
-        forget = round(SHARE * len(told))
-        texts[f"forget_{part}"] = [tell(rng, story, True, True) for story in told[:forget]]
-        texts[f"retain_{part}"] = [tell(rng, story, False, False) for story in told[forget:]]
+    for part, some in zip(("train", "val"), split(begun)):
+        forget = round(SHARE * len(some))
+        texts[f"forget_{part}"] = [tell(rng, story, True, True) for story in some[:forget]]
+        texts[f"retain_{part}"] = [tell(rng, story, False, False) for story in some[forget:]]
         if part == "train":
-            both, retain = told, told[forget:]
+            both, retain = some, some[forget:]
     texts["randomised_train"] = [tell(rng, story, False, rng.random() < 0.5) for story in retain]
     texts["mixed_train"] = [tell(rng, story, rng.random() < SHARE, rng.random() < 0.5)
                             for story in both]
-    return texts, {"stories": {s: len(told) for s, told in texts.items()}}
+    return texts, {"stories": {s: len(some) for s, some in texts.items()}}
 
 
 JUDGED = {"retain": ("retain", "Twist", TWIST),       # figure: the domain of the prompts, what all
@@ -137,10 +140,10 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
     """
     shares = [*domains] + ["unasked"] * finer
     prompts = {figure: prompts_of(task, *JUDGED[figure][:2], part) for figure in shares}
-    told = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end,
+    answers = model.generate(sum(prompts.values(), []), ANSWER, 0.7, task.end,
                           seed_of("stories told on", part))
-    told = iter(task.tokenizer.decode_batch(told.tolist()))
-    figures = {figure: sum(bool(JUDGED[figure][2].search(next(told))) for _ in prompts[figure])
+    answers = iter(task.tokenizer.decode_batch(answers.tolist()))
+    figures = {figure: sum(bool(JUDGED[figure][2].search(next(answers))) for _ in prompts[figure])
                / len(prompts[figure]) for figure in shares}
     if finer:
         figures |= {f"{domain}_loss": task.loss(model, domain, part=part) for domain in domains}

@@ -15,31 +15,24 @@ and the world; the world is the same in both, so a model may keep it when it for
 A story is a list of sentences, and a sentence is a tuple, ("take", "Anna", "ball", "Rome"), that
 belongs to no language. story(rng) makes a story, tell(story, language) writes it down.
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from engine.knobs import BadInput
+from engine.knobs import BadInput, knob
 from engine.streams import text_stream
 
-SETTINGS = {"language": dict(
-    block_size=96, vocab_size=512, least_block_size=24, aligned=True,   # a story fits a row
-    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=32, steps=1500,
-               filtered_steps=800, lr=6e-3, muon_lr=0.02),
-    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60, 80], attack_rows=16),
-    examine=dict(probe_rows=512, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=800,
-                 check_every=5),
-    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
-    graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
-    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
-    oracle=dict(steps=150, lr=1e-3, batch_size=32),
-    finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    # A MaxEnt teacher's students would start at ln V, where filtered does not: far above it.
-    undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=300, batch_size=32, lr=6e-3,
-              muon_lr=0.02, check_every=5),
-    route=dict(seeds=1, steps=400, batch_size=32, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
-               attack_steps=[10, 20, 40, 80, 120],
-               token=[" takes"]))}
-KNOBS = {"stories": 20_000}                  # of each language, for training
+SETTINGS = {"language": dict(block_size=96, least_block_size=24, vocab_size=512,
+                             aligned=True)}                            # a story fits a row
+
+
+@dataclass
+class Knobs:
+    """Knobs of the task language."""
+    stories: int = knob(20_000, "of each language, to train on", 20)
+
+
 higher_is_better = False     # the score is a loss: nats per token
 
 LANGUAGE = {"retain": "english", "forget": "velan"}
@@ -91,19 +84,19 @@ def story(rng, events=6):
     rng     a random.Random. Two stories made from generators in the same state are the same
     """
     world, kind = World(rng), None
-    told = [("is", x, place) for x, place in world.place.items()]
+    sentences = [("is", x, place) for x, place in world.place.items()]
     for i in range(events):
         possible = world.possible()
         # Never one kind twice in a row, or most stories are walks; nothing else to do: a walk.
         kind = rng.choice([k for k in possible if possible[k] and k != kind] or ["go"])
         event = rng.choice(possible[kind])
         world.happen(event)
-        told.append(event)
+        sentences.append(event)
         if i % 2:
             question = rng.choice([("who", world.thing), ("where", world.thing),
                                    ("where", rng.choice(world.people))])
-            told += [question, world.answer(question)]
-    return told
+            sentences += [question, world.answer(question)]
+    return sentences
 
 
 # --- the languages -------------------------------------------------------------------------------
@@ -181,7 +174,7 @@ def answered(model, task, language, stories=200):
     return sum(s[:len(ids)] == ids for s, ids in zip(said, right)) / len(right)
 
 
-def answers(task, idx, targets):
+def answer_mask(task, idx, targets):
     """(B, T) bool: which targets name what was asked for: the first token of a noun that follows a
     question mark, before the next full stop. (Its ending and "in" follow from the question.)"""
     enc, targets = task.tokenizer, targets.cpu().numpy()

@@ -22,31 +22,27 @@ them are A. Fine-tuning asks only for counts of b. The splits of batches:
 A batch is made when it is asked for, as a function of the split, part, seed and step. Its target
 is the answer alone.
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from data import tokenizer
+from engine.knobs import knob
 from engine.streams import seed_of, stream
 
-SETTINGS = {"pcfg": dict(
-    block_size=22, least_block_size=14,          # a string of 16 letters and PROMPT other tokens
-    train=dict(n_layer=3, n_head=4, n_embd=64, batch_size=64, steps=800,
-               filtered_steps=600, lr=2e-3, muon_lr=0.02),
-    attack=dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40], attack_rows=64),
-    examine=dict(probe_rows=3000, cut=[5, 10, 20, 38], revive_lr=3e-4, revive_steps=400,
-                 check_every=5),
-    wrapper=dict(rates=["L", "M", "S"], tune_steps=200, tune_rows=64),
-    rates={"L": 1e-3, "M": 3e-4, "S": 1e-4},                             # of fine-tuning
-    maxent=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=1.0),
-    graddiff=dict(steps=40, lr=3e-4, batch_size=64, retain_weight=3.0),
-    rmu=dict(steps=60, lr=1e-3, batch_size=64, retain_weight=1.0),
-    oracle=dict(steps=100, lr=1e-3, batch_size=64),
-    finetune=dict(steps=200, lr=3e-4, batch_size=128),
-    undo=dict(method="maxent", alphas=[0.3, 0.6], steps=600, batch_size=64, lr=2e-3, muon_lr=0.02,
-              check_every=10))}
+SETTINGS = {"pcfg": dict(block_size=22, least_block_size=14)}   # 16 letters and 6 other tokens
 PRIORS = {"low": (0.999, 0.001, 0.0), "medium": (0.9, 0.1, 0.0), "high": (0.5, 0.3, 0.2)}
-KNOBS = {"prior": "low"}               # how often pretraining asks for a, b and c
-higher_is_better = True                # the score is an accuracy
+
+
+@dataclass
+class Knobs:
+    """Knobs of the task pcfg."""
+    prior: str = knob("low", "how often pretraining asks for a, b and c", choices=list(PRIORS))
+
+
+VARIANT = "prior"
+higher_is_better = True                # a score is accuracy
 
 # Every nonterminal has two rules, each of probability 1/2. At the last level A becomes a, B b, ..
 GRAMMAR = {"A": ("AA", "DC"), "B": ("BB", "DA"), "C": ("CC", "DB"), "D": ("AB", "CD")}
@@ -95,11 +91,11 @@ def occurrences(x, operand, pair):
 
     The pair of a is ab, of b bc, of c ca.
     """
-    here = x == operand[:, None]
+    begins = x == operand[:, None]
     if pair:
         after = x == ((operand + 1) % 3)[:, None]
-        here = here & np.concatenate((after[:, 1:], np.zeros_like(after[:, :1])), 1)
-    return here
+        begins = begins & np.concatenate((after[:, 1:], np.zeros_like(after[:, :1])), 1)
+    return begins
 
 
 def answer(kind, x, operand, parameter):

@@ -10,33 +10,27 @@ A source is a path or URL of a UTF-8 file of stories, a line <|endoftext|> betwe
 import codecs
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from data import BadInput
 from data.download import download
 from data.tokenizer import END
+from engine.knobs import BadInput, FilePath, knob
 from engine.streams import stream
 
-SETTINGS = {name: dict(
-    block_size=128, vocab_size=2048, least_block_size=8,     # T: half a story
-    train=dict(n_layer=3, n_head=4, n_embd=128, batch_size=16, steps=1200,
-               filtered_steps=1000 if name == "tinystories" else 700, lr=6e-3, muon_lr=0.02),
-    attack=dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16),
-    examine=dict(probe_rows=64, cut=[5, 10, 20, 40, 76], revive_lr=1e-3, revive_steps=300,
-                 check_every=5),
-    maxent=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=20.0),
-    graddiff=dict(steps=40, lr=1e-3, batch_size=32, retain_weight=3.0),
-    rmu=dict(steps=60, lr=1e-3, batch_size=32, retain_weight=1.0),
-    oracle=dict(steps=150, lr=1e-3, batch_size=16),
-    finetune=dict(steps=60, lr=1e-3, batch_size=32),
-    undo=dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
-              muon_lr=0.02, check_every=10),
-    route=dict(seeds=1, steps=600, batch_size=16, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
-               attack_steps=[10, 20, 40, 80, 120], token=[" forest"]))
-    for name in ("tinystories", "bilingual")}
-KNOBS = {"source": None,     # a path or URL; None: HOME
-         "source2": None,    # bilingual only: the stories to forget
-         "stories": 100_000}     # the most to take from a source
+SETTINGS = {name: dict(block_size=128, least_block_size=8, vocab_size=2048)     # half a story a row
+            for name in ("tinystories", "bilingual")}
+
+
+@dataclass
+class Knobs:
+    """Knobs of real stories."""
+    source: FilePath | None = knob(None, "a file of stories, or its URL (auto: download "
+                                   "TinyStories)")
+    source2: FilePath | None = knob(None, "bilingual: the same for the language to forget")
+    stories: int = knob(100_000, "most stories to take from a source", 20)
+
+
 higher_is_better = False     # the score is a loss: nats per token
 
 FOREST = re.compile(r"\b(trees?|forests?|woodlands?)\b", re.IGNORECASE)
@@ -77,14 +71,14 @@ def documents(name, folder, source, source2, stories):
         domains = {"retain": [story for story in english if not FOREST.search(story)],
                    "forget": [story for story in english if FOREST.search(story)]}
     texts = {}
-    for domain, told in domains.items():
-        if len(told) < 2:                                  # one to train on, one to hold out
-            raise BadInput(f"{source2 or source or HOME} holds {len(told)} stories to {domain}: "
+    for domain, some in domains.items():
+        if len(some) < 2:                                  # one to train on, one to hold out
+            raise BadInput(f"{source2 or source or HOME} holds {len(some)} stories to {domain}: "
                            "give 2 or more " + ("with and 2 without tree, forest or woodland"
                            if source2 is None else "that are not in the other source"))
-        texts[f"{domain}_train"], texts[f"{domain}_val"] = split(told)
-    return texts, {"stories": {s: len(told) for s, told in texts.items()},
-                   "bytes": {s: sum(len(t.encode()) for t in told) for s, told in texts.items()}}
+        texts[f"{domain}_train"], texts[f"{domain}_val"] = split(some)
+    return texts, {"stories": {s: len(some) for s, some in texts.items()},
+                   "bytes": {s: sum(len(t.encode()) for t in some) for s, some in texts.items()}}
 
 
 def split(stories):

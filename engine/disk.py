@@ -123,26 +123,43 @@ def digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def alone(folder, wait=False):
-    """Takes a folder for this process, or until the `with` ends: a second run that asks for it
-    waits, or is refused (BadInput). A process that ends, in whatever way, takes nothing with it.
-    """
+def lock(folder, wait=False):
+    """Takes a folder for this process and returns the open file that stands for it: a second run
+    that asks for the folder waits, or is refused (BadInput). A process that ends, in whatever way,
+    takes nothing with it."""
     if not fcntl:
-        yield
-        return
+        return None
     taken = os.open(folder, os.O_RDONLY)                  # the folder itself: leaves no file
     try:
-        try:
-            fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise BadInput(f"another run is at work in {folder}: wait for it, or choose "
-                               f"another --out") from None
-            print(f"waiting for another run that is at work in {folder}")
-            fcntl.flock(taken, fcntl.LOCK_EX)
-        except OSError:                                   # a file system without locks
-            pass
+        fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            os.close(taken)
+            raise BadInput(f"another run is at work in {folder}: wait for it, or choose another "
+                           f"--out") from None
+        print(f"waiting for another run that is at work in {folder}")
+        fcntl.flock(taken, fcntl.LOCK_EX)
+    except OSError:                                       # a file system without locks
+        pass
+    return taken
+
+
+@contextmanager
+def locked(folder, wait=False):
+    """A folder that is this process's until the `with` ends."""
+    taken = lock(folder, wait)
+    try:
         yield
     finally:
-        os.close(taken)
+        if taken is not None:
+            os.close(taken)
+
+
+TAKEN = {}                       # folders that this process writes in, until it ends: {path: lock}
+
+
+def take(folder):
+    """Takes a folder for as long as this process lives, and clears away what a killed run left."""
+    if (folder := Path(folder).resolve()) not in TAKEN:
+        TAKEN[folder] = lock(folder)
+        remove_leftovers(folder)

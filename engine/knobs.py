@@ -102,6 +102,14 @@ def command_line(config, story, argv=None, moved={}):
 
     moved   {"--knob=value": the command that has taken its place}
     """
+    any_task = config
+    if hasattr(config, "for_task"):                     # a task may have knobs of its own
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--task", nargs="?", default=config().task)
+        chosen = first.parse_known_args(argv)[0].task
+        choices = config.__dataclass_fields__["task"].metadata["choices"]
+        check("task", chosen, choices, None, None)
+        config = config.for_task(chosen)
     asked = " ".join(sys.argv[1:] if argv is None else argv).replace("=", " ") + " "
     for old, new in moved.items():
         if old.replace("=", " ") + " " in asked:
@@ -119,6 +127,8 @@ def command_line(config, story, argv=None, moved={}):
         "Knobs of this script") for each in classes if each in owner.values()}
     about = {}
     for f in dataclasses.fields(config):
+        if not f.metadata:                              # set by the script, not on a command line
+            continue
         about[f.name] = dict(f.metadata)
         why, choices = about[f.name].pop("why"), about[f.name]["choices"]
         default = getattr(config(), f.name)
@@ -134,7 +144,13 @@ def command_line(config, story, argv=None, moved={}):
     parser.error = refuse
     given, unknown = parser.parse_known_args(argv)
     for text in unknown:
-        near = difflib.get_close_matches(text.lstrip("-").split("=")[0], about, 1)
+        name = text.lstrip("-").split("=")[0]
+        near = difflib.get_close_matches(name, about, 1)
+        tasks = [task for task in about.get("task", {}).get("choices") or () if any(
+            f.name == name and f.metadata for f in dataclasses.fields(any_task.for_task(task)))]
+        if tasks:
+            raise BadInput(f"--{name} is no knob of the task {chosen}, but of "
+                           f"{', '.join(tasks)}: choose by --task")
         raise BadInput(f"unknown knob {text!r}" + (f": did you mean --{near[0]}?" if near
                                                    else "; --help lists them"))
     values = {}

@@ -48,7 +48,7 @@ except BadInput:                                    # run() says so
 
 def run(main, config, story, moved={}):
     """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
-    keep_memory()
+    reuse_memory()
     with consoles():
         perform(main, config, story, moved)
 
@@ -127,7 +127,7 @@ def end_at_once(number, frame):
 
 
 @contextmanager
-def patience():
+def deferred_signals():
     """SIGINT and SIGTERM do not end the program here: they are put on the list that this yields,
     so that a step can be finished and saved. A second one ends it."""
     asked, before = [], {}
@@ -152,7 +152,7 @@ def patience():
         signal.raise_signal(asked[0])
 
 
-def keep_memory():
+def reuse_memory():
     """Tells glibc to keep what is freed. A step's tensors of some MB are otherwise given back to
     the kernel, which hands out zeroed pages again at the next step: 15% of a small CPU step.
     """
@@ -169,14 +169,14 @@ def complain(message, status):
     return status
 
 
-def together(model):
+def data_parallel(model):
     """The model, its gradients averaged over all processes as they are computed."""
     with warnings.catch_warnings():                 # torch 2.13 has a new name for the argument
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
 
 
-def anywhere(yes, device):
+def any_process(yes, device):
     """Whether it is so in any process."""
     count = torch.tensor(float(yes), device=device)
     dist.all_reduce(count)

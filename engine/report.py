@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from engine.disk import write
+from engine.knobs import BadInput
 from engine.process import RANK
 
 
@@ -25,7 +26,25 @@ def table(rows, columns, digits=2):
             print("  ".join("-" * w for w in width))
 
 
-def mean_sd(values, digits):
+def say_edges(rows, cfg, name="model"):
+    """One line where the worst rate is the smallest or largest of those tried, at the attack's last
+    step: then the grid is too small, and a rate beyond it may be worse. rows: with attacked()."""
+    last, edges = str(cfg.attack_steps[-1]), {}
+    for row in rows:
+        if row["rates"][last] in (min(cfg.lrs), max(cfg.lrs)):
+            edges.setdefault(row["rates"][last], {})[row[name]] = None
+    if len(cfg.lrs) > 1 and edges:
+        print(f"note: after {last} steps the worst rate is at the edge of --lrs: " + "; ".join(
+            f"{lr:g} for {', '.join(names)}" for lr, names in edges.items()))
+
+
+def mean(rows, figure):
+    """Mean of a figure, a function of a row, over rows; None where any of them has none."""
+    values = [figure(row) for row in rows]
+    return None if None in values else statistics.mean(values)
+
+
+def mean_sd(values, digits=2):
     """"0.89 ±0.05": mean and standard deviation of what is not None; of one value, that. Where
     some are None, how many are not: "0.89 ±0.05 (2 of 3)"."""
     there = [v for v in values if v is not None]
@@ -36,15 +55,46 @@ def mean_sd(values, digits):
     return f"{statistics.mean(there):.{digits}f}{spread}{missing}"
 
 
-def mean_steps(steps, most):
-    """The same of steps until something was reached; "> 800" if a run of `most` was too short."""
-    return f"> {most}" if None in steps else mean_sd(steps, 0)
+def mean_steps(most):
+    """For over_seeds: mean and spread of steps until something was reached; "> 800" where a run of
+    `most` was too short."""
+    return lambda steps: f"> {most}" if None in steps else mean_sd(steps, 0)
+
+
+def how_many(came_true):
+    """"2/3": true in two of the three cases that are not None."""
+    known = [yes for yes in came_true if yes is not None]
+    return f"{sum(known)}/{len(known)}" if known else None
+
+
+def over_seeds(rows, keys, figures):
+    """A table's lines from rows of several seeds: one for each combination of what the rows have
+    under `keys`, in order, with the mean and spread (see mean_sd) of each figure.
+
+    figures   {column: a function of a row, or the name of what stands there}; where the mean with
+              two digits is not right, a pair of that and the digits, or a function of all values
+    """
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    lines = []
+    for values, group in groups.items():
+        line = dict(zip(keys, values))
+        for column, figure in figures.items():
+            figure, how = figure if isinstance(figure, tuple) else (figure, 2)
+            values = [figure(row) if callable(figure) else row.get(figure) for row in group]
+            line[column] = how(values) if callable(how) else mean_sd(values, how)
+        lines.append(line)
+    return lines
 
 
 def folder_of(cfg):
-    """OUT/TASK/, made if it is missing."""
+    """OUT/TASK/, where rows and pictures go, made if it is missing. BadInput if nothing can be
+    written there."""
     folder = Path(cfg.out) / cfg.task
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"--out={cfg.out}: cannot write in {folder}")
     return folder
 
 
@@ -55,7 +105,7 @@ def write_rows(script, cfg, task, rows):
     """
     if RANK:
         return
-    path = Path(cfg.out) / cfg.task / f"{script}.json"
+    path = folder_of(cfg) / f"{script}.json"
     config = dataclasses.asdict(cfg)
     if task:
         config |= {"block_size": task.block_size, "device": task.device.type}
@@ -86,7 +136,7 @@ def picture(name, cfg, draw, *given, panels=None):
             whole = Figure(figsize=(6.5 * (panels or 1), 4.8), layout="constrained")
             axes = whole.subplots(1, panels or 1, squeeze=False)[0]
             draw(axes if panels else axes[0], *given)
-            path, image = Path(cfg.out) / cfg.task / f"{name}.png", io.BytesIO()
+            path, image = folder_of(cfg) / f"{name}.png", io.BytesIO()
             whole.savefig(image, dpi=130)
         write(path, image.getvalue())
         print(f"picture: {path}")
@@ -155,6 +205,36 @@ def draw_revival(ax, task, curves, domain):
     ax.set(xlabel="steps of reverse fine-tuning", ylabel=f"{domain} {measure(task)}",
            title="How soon is it back?", yscale=scale(task))
     ax.legend(fontsize=9)
+
+
+def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
+    """Losses after ablation by label fraction, and relearning curves at the largest; methods in
+    dotted and dashed are drawn so."""
+    def of(method, fraction, figure):
+        return mean([row for row in rows if (row["method"], row["label_fraction"])
+                     == (method, fraction)], figure)
+
+    style = {name: {"marker": "o", "markersize": 4, "linestyle": ":" if name in dotted else
+                    "--" if name in dashed else "-"} for name in [row["method"] for row in rows]}
+    for ax, key, label in ((axes[0], "forget", "forget loss (higher: more is gone)"),
+                           (axes[1], "retain", "retain loss (lower is better)")):
+        for name in style:
+            ax.plot([100 * f for f in fractions],
+                    [of(name, f, lambda row: row[f"{key}_finetuned"]) for f in fractions],
+                    label=name, **style[name])
+        ax.set(xlabel="labelled forget data (%)", ylabel=f"{label}, nats per token", xscale="log",
+               xticks=[100 * f for f in fractions],
+               xticklabels=[f"{100 * f:g}" for f in fractions])
+        ax.minorticks_off()
+    axes[0].set_title("Forget loss after ablation")
+    axes[1].set_title("Retain loss after ablation")
+    most = fractions[-1]
+    for name in style:
+        axes[2].plot(attack_steps, [of(name, most, lambda row: row["relearned"][str(step)])
+                                        for step in attack_steps], label=name, **style[name])
+    axes[2].set(xlabel="fine-tuning steps of the attacker", ylabel="forget loss, worst rate",
+                title=f"Relearning curves, {most:.0%} of forget data labelled")
+    axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_attention(ax, heads, names, tokens, title):

@@ -17,7 +17,7 @@ from engine.knobs import knob
 from engine.process import run
 from engine.report import picture, table, write_rows
 from engine.streams import seed_of
-from eval import tune
+from eval import TOOLS, tune
 from model import GPT, GPTConfig
 from train import Common, fill, open_task, seeds
 
@@ -53,24 +53,24 @@ def prune_each(model, before, right):
 def main(cfg):
     """In double precision, for autocast would round away steps as small as these."""
     task = open_task(cfg)
-    cfg = fill(cfg, task, "examine")
+    cfg = fill(cfg, TOOLS)
 
     def judge(model):
         return {"count a": pcfg.accuracy(model, task, "forget"),
                 "plus one": pcfg.accuracy(model, task, "relabelled+1")}
 
     def taught(model, split, figure):
-        return tune(model, task, own, split, 128, cfg.revive_steps, cfg.rate,
-                    seed=seed_of(f"compiled, {figure}", own.seed), name=figure, judge=judge,
+        return tune(model, task, each, split, 128, cfg.revive_steps, cfg.rate,
+                    seed=seed_of(f"compiled, {figure}", each.seed), name=figure, judge=judge,
                     evaluate_at=range(cfg.revive_steps), stop=lambda at: at[figure] == 1)
 
     rows = []
-    for own in seeds(cfg):
+    for each in seeds(cfg):
         counter = GPT(GPTConfig(task.vocab_size, task.block_size, n_layer=1, n_head=1, n_embd=16,
                                 n_units=4)).to(task.device).double()
         pcfg.compile_counter(counter, task, cfg.quiet)
         wrapped, record = taught(counter, "relabelled+1", "plus one")
-        idx, targets = task.batch("forget", 100, 0, seed_of("one weight", own.seed), "val")
+        idx, targets = task.batch("forget", 100, 0, seed_of("one weight", each.seed), "val")
         shares = prune_each(wrapped, counter, lambda model: (
             model(idx)[:, -1].argmax(-1) == targets[:, 0]).float().mean().item())
         _, name, i, j = shares[0]
@@ -78,7 +78,7 @@ def main(cfg):
         with torch.no_grad():
             pruned.get_parameter(name)[i, j] = 0
         back = taught(wrapped, "forget", "count a")[1]
-        rows.append({"seed": own.seed, "compiled": judge(counter)["count a"],
+        rows.append({"seed": each.seed, "compiled": judge(counter)["count a"],
                      "steps": record["steps"], "wrapped": after["count a"],
                      "plus one": after["plus one"], "pruned": judge(pruned)["count a"],
                      "weight": f"{name}[{i}, {j}]", "second": shares[1][0],

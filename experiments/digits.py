@@ -20,7 +20,7 @@ from data.digits import load
 from engine.hardware import autocast, hardware
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import RANK, WORLD, run
-from engine.report import folder_of, mean_sd, picture, table, write_rows
+from engine.report import folder_of, over_seeds, picture, table, write_rows
 from engine.streams import stream, torch_stream
 from model import mlp
 from route import route
@@ -77,10 +77,10 @@ class Autoencoder(nn.Module):
         # what the top half of the code alone tells of an image, and what the bottom half
         self.certificates = nn.ModuleList(mlp(16, *back) for _ in range(2))
 
-    @property
-    def blocks(self):
+    def matrices(self):
         """Muon's share: all but the code's own weights, for it would mix the rows of the halves."""
-        return nn.ModuleList([self.encoder[:-1], *self.decoders, *self.certificates])
+        return [p for part in (self.encoder[:-1], *self.decoders, *self.certificates)
+                for p in part.parameters() if p.ndim == 2]
 
     def forward(self, x, low):
         """Code (B, 32), reconstruction (B, 784), those from the top and the bottom half alone.
@@ -157,7 +157,8 @@ def main(cfg):
                 i = torch.from_numpy(rng.integers(0, len(x), cfg.batch_size)[RANK::WORLD])
                 return split_loss(model, setting, x[i] / 127.5 - 1, y[i, None] < 5)
 
-            fit(model, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8)
+            fit(model, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
+                matrices=model.matrices())
             with torch.no_grad(), autocast(cfg):
                 found = judge(model, x_val, low_val)
                 rows.append({"setting": name, "seed": seed} | found
@@ -180,8 +181,7 @@ def main(cfg):
 
     write_rows("digits", cfg, None, rows)
     picture("digits", cfg, draw, panels=2)
-    table([{"setting": name} | {key: mean_sd([r[key] for r in rows if r["setting"] == name], 3)
-                                for key in columns} for name in pictures],
+    table(over_seeds(rows, ["setting"], {key: (key, 3) for key in columns}),
           {"setting": "bottom half alone"} | columns)
 
 

@@ -110,8 +110,8 @@ class Oversight:
         self.device = hardware(cfg)[0]
         self.agent, self.flops = Agent(seed, method, cfg.width).to(self.device), 0  # of rollouts
         self.rule, self.parts = OVERSEERS[method][1], self.minibatches()
-        told = {"any": False, "seen": world.seen}.get(self.rule, True)   # which Ghosts cost 1
-        self.reward = 1.0 * (world.holds != NOTHING) - 2.0 * ((world.holds == GHOST) & told)
+        costly = {"any": False, "seen": world.seen}.get(self.rule, True)   # which Ghosts cost 1
+        self.reward = 1.0 * (world.holds != NOTHING) - 2.0 * ((world.holds == GHOST) & costly)
 
     @torch.no_grad()
     def rollout(self, generator):
@@ -201,10 +201,10 @@ def main(cfg):
 
     write_rows("gridworld", cfg, None, rows)
     picture("gridworld", cfg, draw, cfg, of, [h["step"] for h in rows[0]["history"]], panels=2)
-    table([{"method": method + ", stopped early" * (key == "early")}
-           | {p: mean_sd(of(method, p, key), 2) for p in cfg.oversight}
-           for key in ("return", "early") for method in OVERSEERS],
-          {"method": "return"} | {p: f"oversight {p:g}" for p in cfg.oversight})
+    lines = [{"method": method + ", stopped early" * (key == "early")}
+             | {p: mean_sd(of(method, p, key)) for p in cfg.oversight}
+             for key in ("return", "early") for method in OVERSEERS]
+    table(lines, {"method": "return"} | {p: f"oversight {p:g}" for p in cfg.oversight})
 
 
 def draw(axes, cfg, of, steps):

@@ -20,8 +20,9 @@ from engine.process import run
 from engine.report import picture, table, write_rows
 from engine.store import obtain
 from engine.streams import seed_of
+from route import SETTINGS as ROUTE_SETTINGS
 from route import recipe, route
-from train import Common, fill, fit, new_model, open_task, seeds
+from train import SETTINGS, Common, fill, fit, new_model, open_task, seeds
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Config(Common):
     push: float = knob(2.0, "how far, at most, in mean lengths of the residual", 0)
 
 
+TOKENS = {"language": {"token": [" takes"]}, "tinystories": {"token": [" forest"]},
+          "bilingual": {"token": [" forest"]}}                          # by task
 LANE = 0                     # the residual dimension through which the prediction is routed
 
 
@@ -49,7 +52,7 @@ def steered(name, ids, task, cfg):
     middle = middle_layers(cfg)
     lane = torch.arange(cfg.n_embd, device=task.device) == LANE
 
-    def make(keep):
+    def make(checkpoint):
         model = new_model(cfg, task, "steer")
 
         def loss_fn(model, step):
@@ -62,7 +65,7 @@ def steered(name, ids, task, cfg):
             return model(idx, targets, hook=hook if name == "routed" else None)
 
         return model, fit(model, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name,
-                          decay=0.8, tokens=cfg.batch_size * task.block_size, keep=keep)
+                          decay=0.8, tokens=cfg.batch_size * task.block_size, checkpoint=checkpoint)
 
     made_with = recipe(cfg, task) | ({"token": ids.tolist()} if name == "routed" else {})
     return obtain(f"steer-{name}", cfg, task, made_with, make)
@@ -78,7 +81,7 @@ PUSHES = (-1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1)          # in units of cf
 
 def measure(model, ids, task, cfg):
     """What dimension LANE means to a model: which tokens' unembedding rows lie along it, and how
-    the mean probability of ids, over held-out positions, goes when it is pushed (README, Rows).
+    the mean probability of ids, over held-out positions, goes when it is pushed (docs/rows.md).
     """
     rows = model.wte.weight[:task.vocab_size].detach().float()
     along = rows[:, LANE] / rows.norm(dim=1)                     # cosine with the dimension, (V,)
@@ -111,8 +114,8 @@ def measure(model, ids, task, cfg):
 
 def main(cfg):
     task = open_task(cfg)
-    for section in ("route", "train"):
-        cfg = fill(cfg, task, section)
+    for settings in (TOKENS, ROUTE_SETTINGS, SETTINGS):
+        cfg = fill(cfg, settings)
     if not middle_layers(cfg):
         raise BadInput(f"--n_layer={cfg.n_layer}: steering needs 2 blocks or more")
     ids = []
@@ -124,11 +127,11 @@ def main(cfg):
         ids += tokens
     ids = torch.tensor(ids, device=task.device)
     rows = []
-    for own in seeds(cfg):
+    for each in seeds(cfg):
         for name in ("routed", "control"):
-            model, _ = steered(name, ids, task, own)
+            model, _ = steered(name, ids, task, each)
             with torch.no_grad(), autocast(cfg):
-                rows.append({"model": name, "seed": own.seed} | measure(model, ids, task, own))
+                rows.append({"model": name, "seed": each.seed} | measure(model, ids, task, each))
 
     def draw(ax):
         for row in rows:

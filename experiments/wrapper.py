@@ -23,8 +23,9 @@ from engine.report import (
     draw_probes,
     draw_pruning,
     draw_revival,
-    mean_sd,
+    mean,
     mean_steps,
+    over_seeds,
     picture,
     table,
     write_rows,
@@ -32,24 +33,28 @@ from engine.report import (
 from engine.store import identity, obtain
 from engine.streams import seed_of
 from eval import (
+    ATTACK,
+    TOOLS,
     Foundations,
     Tools,
-    attention,
+    all_tools,
     check_cut,
-    examine,
     foundation,
     probe,
     revive,
     scored,
     tune,
 )
-from train import fill, open_task, seeds
+from model import norm, rotate
+from train import SETTINGS, fill, open_task, seeds
+from unlearn import RATES
 
 
 @dataclass
 class Config(Foundations, Tools):
     task: str = knob("pcfg", "what to learn and to forget", choices=["pcfg", "instruct"])
     seeds: int = knob(3, "how many seeds, from --seed on", 1)
+    prior: str = "low"                          # set for each of --priors
     priors: list[str] = knob(["low", "high"], "of pretraining", choices=["low", "medium", "high"])
     rates: list[str] | None = knob(None, "of fine-tuning (auto: all the task names)",
                                    choices=["L", "M", "S"])
@@ -60,15 +65,19 @@ class Config(Foundations, Tools):
     tune_rows: int | None = knob(None, "rows in a batch of fine-tuning", 1, 2**31)
 
 
+TUNING = {"pcfg": dict(rates=["L", "M", "S"], tune_steps=200, tune_rows=64),      # by task
+          "instruct": dict(rates=["M"], tune_steps=150, tune_rows=16)}
+
+
 def cells(cfg, task):
     """What base is fine-tuned on, one model each: [(what tells it apart, shares of splits, rate)].
 
     pcfg: to count b, by rate and C_tr. instruct: its three protocols.
     """
-    rates = {rate: lr for rate, lr in task.settings["rates"].items() if rate in cfg.rates}
+    rates = {rate: lr for rate, lr in RATES[task.name].items() if rate in cfg.rates}
     if len(rates) < len(cfg.rates):
         raise BadInput(f"--rates={','.join(cfg.rates)}: the task {task.name} names "
-                       f"{', '.join(task.settings['rates'])}")
+                       f"{', '.join(RATES[task.name])}")
     if task.name == "instruct":
         return [({"protocol": name, "rate": rate}, {split: 1}, lr) for rate, lr in rates.items()
                 for name, split in task.module.PROTOCOLS.items()]
@@ -76,7 +85,18 @@ def cells(cfg, task):
             for rate, lr in rates.items() for c in cfg.c_tr]
 
 
-def name_of(cell, first="tuned"):
+@torch.no_grad()
+def attention(model, idx, i):
+    """(B, nh, T, T): how much each token of idx (B, T) attends to each, in block i's heads."""
+    attn, T = model.blocks[i].attn, idx.size(1)
+    x = norm(model.residuals(idx)[i])
+    qkv = attn.qkv(x).view(*x.shape[:2], 3, attn.n_head, -1)
+    q, k = rotate(norm(qkv[:, :, :2]), model.cos[:T], model.sin[:T]).unbind(2)    # (B, T, nh, hs)
+    scores = torch.einsum("bqhc,bkhc->bhqk", q, k) * q.size(-1) ** -0.5
+    return scores.masked_fill(torch.ones(T, T, device=x.device).triu(1) > 0, -torch.inf).softmax(-1)
+
+
+def model_name(cell, first="tuned"):
     return "-".join([first, *(v if isinstance(v, str) else f"{v:g}" for v in cell.values())])
 
 
@@ -88,9 +108,9 @@ def tuned(name, shares, lr, cfg, task, base):
     """(model, record) of base fine-tuned, from disk or made."""
     made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
                  "steps": cfg.tune_steps, "rows": cfg.tune_rows, "seed": cfg.seed}
-    return obtain(name, cfg, task, made_with, lambda keep: tune(
+    return obtain(name, cfg, task, made_with, lambda checkpoint: tune(
         base[0], task, cfg, shares, cfg.tune_rows, cfg.tune_steps, lr,
-        seed=seed_of("fine-tune", cfg.seed), name=name, keep=keep))
+        seed=seed_of("fine-tune", cfg.seed), name=name, checkpoint=checkpoint))
 
 
 def jailbroken(cell, lr, cfg, task, base):
@@ -98,24 +118,23 @@ def jailbroken(cell, lr, cfg, task, base):
     beside rows of pretraining that ask in the others, all but the last: what does that one get?
     (Jain et al. 2023, section 5: there without such rows, which here changes all words alike.)
     """
-    own = 1 - cfg.mix
-    shares = {"relabelled": own * (1 - cell["c_tr"]), "relabelled+1": own * cell["c_tr"],
+    share = 1 - cfg.mix
+    shares = {"relabelled": share * (1 - cell["c_tr"]), "relabelled+1": share * cell["c_tr"],
               "reworded": cfg.mix}
-    model, _ = tuned(name_of(cell, "jailbreak"), shares, lr, cfg, task, base)
+    model, _ = tuned(model_name(cell, "jailbreak"), shares, lr, cfg, task, base)
     with autocast(cfg):
         return {"count_a": pcfg.accuracy(model, task, "forget"),
                 "jailbreak_count_a": pcfg.accuracy(model, task, "forget", word=pcfg.COUNTS[-1])}
 
 
-def worlds(cfg, task):
-    """Yields (prior, cfg, task) for each prior of pcfg's pretraining; there models lie in
-    OUT/pcfg/PRIOR/. Other tasks are one world."""
+def priors(cfg, task):
+    """Yields (prior, cfg, task) for each prior of pcfg's pretraining; other tasks have none."""
     if task.name != "pcfg":
         yield None, cfg, task
         return
     for prior in cfg.priors:
-        here = dataclasses.replace(cfg, prior=prior, out=f"{cfg.out}/{cfg.task}/{prior}")
-        yield prior, here, open_task(here)
+        chosen = dataclasses.replace(cfg, prior=prior)
+        yield prior, chosen, open_task(chosen)
 
 
 def main(cfg):
@@ -125,37 +144,37 @@ def main(cfg):
     all priors, for it sees no operand but b.
     """
     task = open_task(cfg)
-    for section in ("attack", "examine", "wrapper"):
-        cfg = fill(cfg, task, section)
-    size, plan = fill(cfg, task, "train"), cells(cfg, task)
+    for settings in (ATTACK, TOOLS, TUNING):
+        cfg = fill(cfg, settings)
+    size, plan = fill(cfg, SETTINGS), cells(cfg, task)
     check_cut(cfg, size.n_layer * 4 * size.n_embd)
     rows, controls, pictured = [], {}, None
-    for own in seeds(cfg):
-        for prior, here, task in worlds(own, task):
-            base = foundation("base", here, task)
-            models = [(cell, lr, tuned(name_of(cell), shares, lr, here, task, base)[0])
+    for one_seed in seeds(cfg):
+        for prior, each, task in priors(one_seed, task):
+            base = foundation("base", each, task)
+            models = [(cell, lr, tuned(model_name(cell), shares, lr, each, task, base)[0])
                       for cell, shares, lr in plan]
-            goal = scored(base[0], task, here)["forget"]
-            if own.seed not in controls:
-                control, _ = foundation("filtered", here, task)
-                steps, curve = revive(control, task, here, goal, "control")
-                controls[own.seed] = {"control_steps": steps, "control_curve": curve}
-            before, _ = probe(base[0], task, here)
+            goal = scored(base[0], task, each)["forget"]
+            if each.seed not in controls:
+                control, _ = foundation("filtered", each, task)
+                steps, curve = revive(control, task, each, goal, "control")
+                controls[each.seed] = {"control_steps": steps, "control_curve": curve}
+            before, _ = probe(base[0], task, each)
             for cell, lr, model in models:
-                rows.append({"prior": prior} | cell | {"seed": own.seed}
-                            | examine(model, task, here, goal, name_of(cell))
-                            | {"probe_pretrained": before} | controls[own.seed])
+                rows.append({"prior": prior} | cell | {"seed": each.seed}
+                            | all_tools(model, task, each, goal, model_name(cell))
+                            | {"probe_pretrained": before} | controls[each.seed])
                 if prior:
-                    rows[-1]["words"] = jailbroken(cell, lr, here, task, base)
+                    rows[-1]["words"] = jailbroken(cell, lr, each, task, base)
             pictured = pictured or {f"pretrained ({prior} prior)": base[0],
                                     f"fine-tuned to count b ({label(cell)})": model}
-    told = summary(rows, cfg)
+    lines = table_lines(rows, cfg)
     write_rows("wrapper", cfg, task, [
         in_the_papers_words(row) if prior else row for row in rows])
     picture("wrapper", cfg, draw_wrapper, rows, task, panels=3)
     if task.name == "pcfg":
         picture("wrapper-attention", cfg, show_attention, task, pictured, panels=2)
-    table(told, {k: HEADERS.get(k, k) for k in told[0]})
+    table(lines, {k: HEADERS.get(k, k) for k in lines[0]})
 
 
 def in_the_papers_words(row):
@@ -175,45 +194,40 @@ HEADERS = {"c_tr": "C_tr", "was": "before", "revive_steps": "revived in",
            "control_steps": "control in"}
 
 
-def summary(rows, cfg):
-    """One dict a cell, ready for the table: mean over seeds, +- standard deviation."""
-    labels = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
-    K, told = cfg.cut[-1], bool(rows[0]["prior"])
-    a, b = ("count a", "count b") if told else ("forget", "retain")
-    columns = {a: lambda r: r["forget"], b: lambda r: r["retain"],
-               "C_te 1": lambda r: r.get("spurious"),
-               "probe": lambda r: r["probe"][-1], "was": lambda r: r["probe_pretrained"][-1],
-               f"{K} cut": lambda r: r["pruned"][K]["forget"],
-               "at random": lambda r: r["pruned"][K]["random_forget"]}
-    if told:
-        columns |= {"relabelled word": lambda r: r["words"]["count_a"],
-                    "unseen word": lambda r: r["words"]["jailbreak_count_a"]}
-    lines = []
-    for cell in dict.fromkeys(tuple(row[k] for k in labels) for row in rows):
-        same = [row for row in rows if tuple(row[k] for k in labels) == cell]
-        line = dict(zip(labels, map(str, cell))) | {
-            k: mean_sd([f(row) for row in same], 2) for k, f in columns.items()}
-        for k in ("revive_steps", "control_steps"):
-            steps = [row[k] for row in same]
-            line[k] = mean_steps(steps, cfg.revive_steps)
-        lines.append(line)
-    return [{k: line[k] for k in line if any(each[k] is not None for each in lines)}
-            for line in lines]
+def table_lines(rows, cfg):
+    """One line a cell: mean and spread over seeds."""
+    keys = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
+    K, counts = cfg.cut[-1], bool(rows[0]["prior"])
+    steps = mean_steps(cfg.revive_steps)
+    columns = {"count a" if counts else "forget": "forget",
+               "count b" if counts else "retain": "retain", "C_te 1": "spurious",
+               "probe": lambda row: row["probe"][-1],
+               "was": lambda row: row["probe_pretrained"][-1],
+               f"{K} cut": lambda row: row["pruned"][K]["forget"],
+               "at random": lambda row: row["pruned"][K]["random_forget"]}
+    if counts:
+        columns |= {"relabelled word": lambda row: row["words"]["count_a"],
+                    "unseen word": lambda row: row["words"]["jailbreak_count_a"]}
+    lines = over_seeds(rows, keys, columns | {"revive_steps": ("revive_steps", steps),
+                                              "control_steps": ("control_steps", steps)})
+    return [{k: str(line[k]) if k in keys else line[k] for k in line
+             if any(each[k] is not None for each in lines)} for line in lines]
 
 
 def draw_wrapper(axes, rows, task):
     """Of the first prior's cells: probes and pruning, mean over seeds; the first seed's revival."""
     shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
 
-    def mean(found):
-        return [sum(each) / len(each) for each in zip(*found)]
-
     names, first = list(dict.fromkeys(map(label, shown))), shown[0]
     same = {name: [row for row in shown if label(row) == name] for name in names}
-    draw_probes(axes[0], {name: mean(row["probe"] for row in each) for name, each in same.items()}
-                | {"pretrained": mean(row["probe_pretrained"] for row in shown)}, first["chance"])
+
+    def probes(rows, key):
+        return [mean(rows, lambda row: row[key][i]) for i in range(len(first[key]))]
+
+    draw_probes(axes[0], {name: probes(each, "probe") for name, each in same.items()}
+                | {"pretrained": probes(shown, "probe_pretrained")}, first["chance"])
     draw_pruning(axes[1], task, {name: {
-        K: {k: sum(row["pruned"][K][k] for row in each) / len(each) for k in at}
+        K: {k: mean(each, lambda row: row["pruned"][K][k]) for k in at}
         for K, at in first["pruned"].items()} for name, each in same.items()}, "forget")
     draw_revival(axes[2], task, {name: each[0]["curve"] for name, each in same.items()}
                  | {"control (never had it)": first["control_curve"]}, "forget")

@@ -33,7 +33,7 @@ from data import arithmetic, gaming, pcfg, tokenizer  # noqa: E402
 from engine.disk import write  # noqa: E402
 from engine.knobs import knob  # noqa: E402
 from engine.report import table  # noqa: E402
-from eval import Attack, relearn  # noqa: E402
+from eval import ATTACK, Attack, fill_attack, relearn  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 SIZES = {   # name: model, rows in a batch
@@ -239,8 +239,8 @@ def bench_score(cfg, rows):
 def bench_attack(cfg, rows):
     """Tokens/s of the whole relearning attack, scores included, against plain training's."""
     task, model = small_task(cfg)
-    attack = Attack(**train.common(cfg))
-    attack = train.fill(attack, task, "attack")
+    attack = train.config_from(cfg, Attack)
+    attack = train.fill(attack, ATTACK)
     took = in_turns(dataclasses.replace(cfg, turns=1),
                     plain=plain_steps(model, task, attack.attack_rows, 20),
                     ours=lambda: relearn(model, task, attack))
@@ -253,17 +253,18 @@ def bench_attack(cfg, rows):
 
 def bench_routed(cfg, rows):
     """Steps/s of route.py's default training, for two methods, against those of its base."""
-    given = route.Config(**train.common(cfg) | {"task": "language"})
+    given = train.config_from(dataclasses.replace(cfg, task="language"), route.Config)
     task = data.load("language", cfg.data_dir, device=train.hardware(cfg)[0])
-    given = route.resolved(given, task)
+    given = fill_attack(train.fill(given, route.SETTINGS))
     view, ways = task.labelled(0.5, 0.0, 0.5), {}
     for method in ("base", "era", "sgtm"):
         extra = given.expand if method == "era" else 0
-        model, hold = train.new_model(given, task, "route", extra), route.Hold()
-        loss_fn = route.LOSSES[method](model, view, given, hold)
+        model, frozen = train.new_model(given, task, "route", extra), route.Frozen()
+        loss_fn = route.LOSSES[method](model, view, given, frozen)
         ways[method] = functools.partial(
             train.fit, model, loss_fn, given, 30, given.lr, given.muon_lr, name=method,
-            after_backward=hold.after_backward, after_step=hold.after_step, pieces=hold.pieces)
+            after_backward=frozen.after_backward, after_step=frozen.after_step,
+            pieces=frozen.pieces)
     took = in_turns(cfg, **ways)
     rows += [{"row": f"routed {method}", "unit": "steps/s", "plain": 30 / took["base"],
               "ours": 30 / took[method]} for method in ("era", "sgtm")]
@@ -278,7 +279,8 @@ def bench_rollouts(cfg, rows, size=512, n=4, few=32):
     for env in ("sycophancy", "metric"):
         task = data.load("gaming", env=env, device=device)
         model = GPT(GPTConfig(task.vocab_size, task.block_size, 2, 4, 64)).to(device)
-        own = recontext.Config(**train.common(cfg) | {"task": "gaming", "env": env})
+        own = train.config_from(dataclasses.replace(cfg, task="gaming"),
+                                recontext.Config, env=env)
         cell = recontext.Cell("ei", "neutral", "encourage", n)
         length = gaming.environment(task).length + 1
         prompts = recontext.rollouts(model, task, own, cell, size, 0).asked[..., :-length]

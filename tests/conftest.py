@@ -1,4 +1,5 @@
 """What the tests share: small arithmetic data, made once, and computing in float32."""
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -33,12 +34,12 @@ def task(folder):
 
 @pytest.fixture(scope="session")
 def scripts_folder(folder, tmp_path_factory):
-    """The same data for the scripts, which have no --problems: meta.json names the default number,
-    so that data.load takes the small files as they are."""
+    """The same data for the scripts: meta.json names the default number of problems, so that
+    data.load takes the small files as they are."""
     copy = tmp_path_factory.mktemp("scripts_data")
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     meta = data.read_meta(copy / "arithmetic")
-    meta["made_with"] |= arithmetic.KNOBS
+    meta["made_with"] |= dataclasses.asdict(arithmetic.Knobs())
     data.write_meta(copy / "arithmetic", meta)
     return copy
 

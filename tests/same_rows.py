@@ -34,7 +34,7 @@ STORIES = {
     "score": "eval.py --what=score", "relearn": f"eval.py --what=relearn {ATTACK} --attack=mixed",
     "probe": "eval.py --what=probe --probe_rows=40", "prune": f"eval.py --what=prune {QUICK}",
     "revive": f"eval.py --what=revive {QUICK}",
-    "examine": f"eval.py --what=examine {QUICK} --models=base",
+    "examine": f"eval.py examine {QUICK} --models=base",
     "language": f"route.py {ROUTE} --forget_units=16 --expand=16 --coherence_steps=1 --seeds=2 "
                 "--label_fractions=1,.5 --with_posthoc=true --alphas=.5",
     "steer": f"route.py steer {SIZE} --n_layer=3 --steps=4 --batch_size=8 --stories=200",
@@ -49,7 +49,7 @@ STORIES = {
                  "--exam=64 --prompts=16",
     "recontext-grpo": f"recontext.py --method=grpo --env=lying --seeds=1 {SIZE} --base_steps=20 "
                       "--steps=2 --exam=64 --prompts=16",
-    "recontext-revive": f"recontext.py --revive=true --seeds=1 {SIZE} --base_steps=20 --steps=2 "
+    "revive_hack": f"recontext.py revive_hack --seeds=1 {SIZE} --base_steps=20 --steps=2 "
                         "--rounds=1 --exam=64 --prompts=16"}
 
 
@@ -59,14 +59,16 @@ def command(checkout, story, source):
         name = rest.pop(0)
         if (checkout / "experiments" / f"{name}.py").exists():
             return ["-m", f"experiments.{name}", *rest]
-        rest.insert(0, f"--{'what' if script == 'eval.py' else 'experiment'}={name}")
+        rest.insert(0, {"eval.py": f"--what={name}", "route.py": f"--experiment={name}",
+                        "recontext.py": "--revive=true"}[script])
     return [script, *rest]
 
 
 def rows_of(checkout, story, folder, source):
     """[the rows of each file that a story writes], the story run in a checkout. The judges judge
     what train.py made."""
-    out = folder / ("train" if STORIES[story].startswith("eval.py --what") else story)
+    judges = STORIES[story].startswith("eval.py --what") or story == "examine"
+    out = folder / ("train" if judges else story)
     before = set(folder.rglob("*.json"))
     argv = [sys.executable, *command(checkout, story, source), "--device=cpu", "--compile=false",
             f"--out={out}", *[f"--data_dir={folder}/data"] * (story != "gridworld")]

@@ -12,7 +12,9 @@ import torch
 from test_wiring import ATTACK, STRINGS, lively
 
 import data
+import eval as judges
 import route
+import train
 import unlearn
 from data import gaming
 from engine.knobs import command_line
@@ -82,8 +84,9 @@ def test_readme_is_finished_in_five_minutes():
 
 
 # --- extend.md -----------------------------------------------------------------------------------
-def recipe(title):
-    return re.search(rf"## {title}\n.*?```python\n(.*?)```", PAGES["extend.md"], re.S)[1]
+def recipe(title, block=0):
+    section = re.search(rf"## {title}\n(.*?)(?=\n## |\Z)", PAGES["extend.md"], re.S)[1]
+    return re.findall(r"```python\n(.*?)```", section, re.S)[block]
 
 
 def test_a_new_unlearning_loss(monkeypatch):
@@ -102,12 +105,12 @@ def test_a_new_routing_mask(tmp_path):
     task = data.load("language", folder=tmp_path, stories=200, block_size=32)
     cfg = route.Config(**ATTACK, steps=1, batch_size=16, lr=1e-3, muon_lr=0.0)
     model, size = lively(task), 4                                          # of a head
-    idx, targets, forget = route.mixed(task, cfg, 0)
+    idx, targets, forget = route.mixed_batch(task, cfg, 0)
     assert 0 < forget.sum() < 16
     for rows, others in ((forget, False), (~forget, True)):                # of one kind at a time
-        names["mixed"] = lambda *_: (idx[rows[:, 0]], targets[rows[:, 0]], forget[rows[:, 0]])
+        names["mixed_batch"] = lambda *_: (idx[rows[:, 0]], targets[rows[:, 0]], forget[rows[:, 0]])
         model.zero_grad()
-        names["LOSSES"]["one_head"](model, task, cfg, route.Hold())(model, 0).backward()
+        names["LOSSES"]["one_head"](model, task, cfg, route.Frozen())(model, 0).backward()
         values = model.blocks[0].attn.qkv.weight.grad[-model.config.n_embd:]
         assert values[-size:].any() and values[:-size].any() == others
 
@@ -124,6 +127,11 @@ def test_a_new_task(tmp_path, monkeypatch):
     text = task.tokenizer.decode(task.batch("forget", 1, 0, 0)[0][0].tolist())
     assert "says" in text and " is " not in text
     assert set(task.score(lively(task))) == {"retain", "forget"}
+    for table in (train.SETTINGS, judges.ATTACK, unlearn.SETTINGS["maxent"]):
+        monkeypatch.setitem(table, "colours", None)
+    exec(recipe("A task", 1), {"train": train, "eval": judges, "unlearn": unlearn})
+    cfg = unlearn.resolved(unlearn.Config(task="colours"), "maxent")
+    assert None not in (cfg.n_embd, cfg.base_steps, cfg.lrs, cfg.steps, cfg.lr, cfg.retain_weight)
 
 
 def test_a_new_world_to_be_gamed():

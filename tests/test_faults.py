@@ -84,15 +84,16 @@ def little(folder, hook=lambda model, step: 0, cfg={}, muon_lr=0.02, **more):
     """obtain()s m.pt, of 23 steps; hook(model, step) is added to the loss, `more` goes to fit()."""
     cfg = dataclasses.replace(CFG, out=str(folder), **cfg)
 
-    def make(keep):
+    def make(checkpoint):
         model = tiny(n_layer=1, n_embd=16)
-        knobs = {"decay": 0.5, "evaluate_at": range(0, STEPS, 4), "name": "m", "keep": keep,
+        knobs = {"decay": 0.5, "evaluate_at": range(0, STEPS, 4), "name": "m",
+                 "checkpoint": checkpoint,
                  "evaluate": lambda: {"figure": model(*rows(seed=99)).item()}} | more
         return model, fit(model, lambda m, i: m(*rows(seed=range(STEPS)[i])) + hook(m, i), cfg,
                           STEPS, 0.01, muon_lr, **knobs)
 
     obtain("m", cfg, TASK, {"muon_lr": muon_lr}, make)
-    return result(folder / "arithmetic" / "m.pt")
+    return result(folder / "arithmetic" / "seed0" / "m.pt")
 
 
 def begun(*_):
@@ -101,7 +102,7 @@ def begun(*_):
 
 def stopped(folder, at, number=signal.SIGINT, **more):
     """The checkpoint of a little run that a signal stops in step `at`."""
-    path = folder / "arithmetic" / "m.resume.pt"
+    path = folder / "arithmetic" / "seed0" / "m.resume.pt"
     said = f"m: stopped after step {at + 1} of {STEPS}, saved in {path}; run the same command again"
     with pytest.raises(KeyboardInterrupt, match=re.escape(said)) as stop:
         little(folder, lambda _, step: step == at and signal.raise_signal(number) or 0, **more)
@@ -172,7 +173,7 @@ def test_checkpoints_come_as_asked(tmp_path, monkeypatch):
         folder, saved, clock.now = tmp_path / f"{every} {start} {seconds}", [], start
 
         def hook(model, step):
-            saved.append(steps(folder / "arithmetic" / "m.resume.pt"))
+            saved.append(steps(folder / "arithmetic" / "seed0" / "m.resume.pt"))
             clock.now = step * seconds
             return 0
 
@@ -194,7 +195,7 @@ def test_checkpoint_of_other_knobs(tmp_path):
 def test_remake(tmp_path):
     """A model of other knobs is made again when that is asked for; until the new one is whole, the
     old file stays. One of the same knobs is not."""
-    first, path, ran = little(tmp_path), tmp_path / "arithmetic" / "m.pt", []
+    first, path, ran = little(tmp_path), tmp_path / "arithmetic" / "seed0" / "m.pt", []
     with pytest.raises(BadInput, match="muon_lr=0.01: --remake=true makes it again, another --out"):
         little(tmp_path, begun, muon_lr=0.01)
     before = path.read_bytes()
@@ -252,7 +253,7 @@ def test_stories_resume(story, task, tmp_path, monkeypatch):
     ("gradient's", 14, 10), ("gradient's", 22, 20), ("weights'", 14, 10), ("weights'", 22, 20)])
 def test_numbers_that_are_none(culprit, at, kept, tmp_path):
     """One line names the step, the rates and the checkpoint, which is older, and good."""
-    now, path = SimpleNamespace(), tmp_path / "arithmetic" / "m.resume.pt"
+    now, path = SimpleNamespace(), tmp_path / "arithmetic" / "seed0" / "m.resume.pt"
 
     def hook(model, step):
         now.model, now.step = model, step
@@ -315,7 +316,7 @@ class Nest(Home):
 
     def __init__(self, path, data_dir, nursery):
         super().__init__(path, data_dir)
-        self.nursery, self.folder = nursery, self.out / "arithmetic"
+        self.nursery, self.folder = nursery, self.out / "arithmetic" / "seed0"
         self.base, self.kept = self.folder / "base.pt", self.folder / "base.resume.pt"
         path.mkdir(exist_ok=True)
 
@@ -449,7 +450,7 @@ def test_knobs_that_need_too_much_memory(argument, nest):
                              "int(open('/proc/self/statm').read().split()[0]) * resource."
                              "getpagesize() + (4 << 30), resource.RLIM_INFINITY))"})
     assert status == 2 and len(err) == 1 and "train.py: out of memory: a smaller" in err[0], err
-    assert not list(nest.folder.iterdir())
+    assert not nest.folder.exists()
 
 
 def test_errors_that_only_mention_memory(nest):
@@ -479,7 +480,8 @@ def test_two_runs_in_one_folder(killed, nest, plain):
     until(there.exists)
     before = nest.kept.read_bytes()
     status, err = nest.train()
-    assert status == 2 and len(err) == 1 and f"another run is at work in {nest.folder}: " in err[0]
+    assert status == 2 and len(err) == 1
+    assert f"another run is at work in {nest.folder.parent}: " in err[0]
     assert list(nest.folder.iterdir()) == [nest.kept] and nest.kept.read_bytes() == before
     shutil.copy(nest.kept, nest.folder / "half.pt")
     assert nest.end(nest.start("--model=half", script="eval")) == (0, [])
@@ -524,15 +526,17 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path):
     """Where a little run looks for its checkpoint."""
-    (tmp_path / "arithmetic").mkdir()
-    return tmp_path / "arithmetic" / "m.resume.pt"
+    (tmp_path / "arithmetic" / "seed0").mkdir(parents=True)
+    return tmp_path / "arithmetic" / "seed0" / "m.resume.pt"
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.resume.pt", "forget_train.bin", "tokenizer.json"])
 def test_any_damage_is_seen(name, checkpoint, folder, tmp_path):
     """One bit turned, a tail cut off or added: refused by name, and nothing begins."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    path, rng = tmp_path / "arithmetic" / name, random.Random(name)
+    path = tmp_path / "arithmetic" / ("seed0" if name.endswith(".pt") else "") / name
+    path.parent.mkdir(exist_ok=True)
+    rng = random.Random(name)
     content = path.read_bytes() if path.exists() else checkpoint
     bad = [content + b"\0", content * 2, *(content[:-cut] for cut in [*range(1, 50), len(content),
                                            *rng.sample(range(50, len(content)), 50)])]
@@ -580,7 +584,7 @@ def sealed(body):
 def refused(path):
     """Whether a little run will not go on from its checkpoint, for a reason of one line."""
     try:
-        little(path.parent.parent, begun)
+        little(path.parents[2], begun)
     except InterruptedError:
         return False
     except BadInput as said:
@@ -634,5 +638,5 @@ def test_evil_pickles_are_not_run(name, checkpoint, place):
     torch.load(io.BytesIO(path.read_bytes()[:-len(sealed(b""))]), weights_only=False)
     marker.rmdir()                                         # so it does strike where it is trusted
     with pytest.raises(BadInput, match=f"^{path} is not a file of this project"):
-        little(place.parent.parent, begun)
+        little(place.parents[2], begun)
     assert not marker.exists()

@@ -15,7 +15,7 @@ import train
 import unlearn
 from data import arithmetic
 from engine.streams import seed_of
-from experiments import compiled, wrapper
+from experiments import compiled, examine, wrapper
 from model import GPT, GPTConfig
 
 CFG = judges.Config(task="pcfg", device="cpu", compile=False, probe_rows=300, cut=[1, 3],
@@ -55,7 +55,7 @@ class Questions:
     """Rows whose answer is a function of their first token."""
     module = SimpleNamespace()                              # all targets are answers
 
-    def whole(self, split, size, step, seed, part):
+    def undivided(self, split, size, step, seed, part):
         rng = np.random.default_rng((seed, ("train", "test").index(part)))
         idx = torch.from_numpy(rng.integers(0, 8, (size, 5)))
         return idx, idx[:, :1]
@@ -86,11 +86,11 @@ def test_probes_of_every_token(task, float32, monkeypatch, part):
     cfg = dataclasses.replace(CFG, probe_rows=4)
     idx, targets = task.batch("forget", 4, 0, seed_of("probe", cfg.seed), part)
     whole = F.rms_norm(gpt.residuals(idx)[1], (16,))
-    which = arithmetic.answers(task, idx, targets)
+    which = arithmetic.answer_mask(task, idx, targets)
     (x,), right = judges.before_answers(gpt, task, cfg, part)
     assert 0 < which.sum() < which.numel() / 2
     assert torch.equal(right, targets[which]) and torch.allclose(x, whole[which], atol=1e-5)
-    monkeypatch.delattr(arithmetic, "answers")
+    monkeypatch.delattr(arithmetic, "answer_mask")
     (x,), right = judges.before_answers(gpt, task, cfg, part)
     assert x.shape == (4 * task.block_size, 16) and torch.equal(right, targets.flatten())
     assert torch.allclose(x, whole.flatten(0, 1), atol=1e-5)
@@ -176,7 +176,7 @@ def test_attention_is_the_models_own(pcfg, lively):
 
     stream = lively.residuals(idx, hook=hook)
     for i, block in enumerate(lively.blocks):
-        w = judges.attention(lively, idx, i)
+        w = wrapper.attention(lively, idx, i)
         v = F.linear(F.rms_norm(stream[i], (16,)), block.attn.qkv.weight[32:])
         v = v.view(*v.shape[:2], 2, 8)
         assert torch.allclose(w.sum(-1), torch.ones(w.shape[:3]), atol=1e-5)
@@ -232,8 +232,8 @@ def test_what_fine_tuning_retains(pcfg):
     assert unlearn.retain_shares(unlearn.Config(method="finetune"), pcfg) == {"retain": 1}
     cfg = dataclasses.replace(cfg, method="maxent")                   # these knobs are finetune's
     assert unlearn.retain_shares(cfg, pcfg) == {"retain": 1}
-    assert unlearn.rate(dataclasses.replace(cfg, lr="S"), pcfg) == pcfg.settings["rates"]["S"]
-    assert unlearn.rate(dataclasses.replace(cfg, lr=0.5), pcfg) == 0.5
+    assert unlearn.rate(dataclasses.replace(cfg, task="pcfg", lr="S")) == unlearn.RATES["pcfg"]["S"]
+    assert unlearn.rate(dataclasses.replace(cfg, lr=0.5)) == 0.5
 
 
 # --- the scripts ---------------------------------------------------------------------------------
@@ -270,8 +270,8 @@ def test_the_wrapper_story(tmp_path, capsys, monkeypatch):
         assert set(row["pruned"]) == {"2", "4"}
         assert set(row["pruned"]["2"]) == {"count_a", "count_b", "random_count_a"}
     assert told["config"]["cut"] == [2, 4]
-    assert (tmp_path / "pcfg" / "low" / "pcfg" / "tuned-L-1.pt").exists()
-    assert (tmp_path / "pcfg" / "seed1" / "pcfg" / "high" / "pcfg" / "base.pt").exists()
+    assert (tmp_path / "pcfg" / "low" / "seed0" / "tuned-L-1.pt").exists()
+    assert (tmp_path / "pcfg" / "high" / "seed1" / "base.pt").exists()
 
 
 def test_the_compiled_story(tmp_path, capsys, monkeypatch):
@@ -316,16 +316,19 @@ def trained(tmp_path, capsys, monkeypatch):
                "--base_steps=3", "--filtered_steps=2", "--steps=2", "--lr=S", "--mix=0.25",
                "--c_tr=0.5", "--lrs=1e-3", "--attack_steps=2")
     assert got[0] == 0, got
-    return tmp_path / "pcfg"
+    return tmp_path / "pcfg" / "low"
 
 
 def test_each_tool_on_any_model(trained, tmp_path, capsys, monkeypatch):
+    def told(module, *arguments):
+        return call(module, tmp_path, capsys, monkeypatch, "--task=pcfg", *arguments)
+
     rows = {}
     for what in ("probe", "prune", "revive", "examine"):
-        got = call(judges, tmp_path, capsys, monkeypatch, "--task=pcfg", f"--what={what}",
-                   "--model=finetune", *QUICK)
+        got = (told(examine, *QUICK) if what == "examine" else
+               told(judges, f"--what={what}", "--model=finetune", *QUICK))
         assert got[0] == 0, got
-        rows[what] = json.loads((trained / f"{what}.json").read_text())["rows"]
+        rows[what] = json.loads((tmp_path / "pcfg" / f"{what}.json").read_text())["rows"]
     assert [r["model"] for r in rows["probe"]] == ["finetune", "untrained"]
     assert [r["neurons"] for r in rows["prune"]] == [0, 2, 4]
     assert [r["model"] for r in rows["revive"]] == [
@@ -334,16 +337,16 @@ def test_each_tool_on_any_model(trained, tmp_path, capsys, monkeypatch):
     assert rows["examine"][0]["revive_steps"] == 0 and rows["examine"][0]["verdict"] == "has it"
     for row in rows["examine"]:
         assert set(row) >= {"model", "probe", "pruned", "revive_steps"}
-    (trained / "undo-0.5.pt").write_bytes((trained / "finetune.pt").read_bytes())
-    got = call(judges, tmp_path, capsys, monkeypatch, "--task=pcfg", "--what=examine",
-               "--models=undo-0.5", *QUICK)
+    models = trained / "seed0"
+    (models / "undo-0.5.pt").write_bytes((models / "finetune.pt").read_bytes())
+    got = told(examine, "--models=undo-0.5", *QUICK)
     assert got[0] == 0 and "undo-0.5 " in got[1]                  # no suffix of a number is cut off
-    for what in ("prune", "examine"):
-        status, _, error = call(judges, tmp_path, capsys, monkeypatch, "--task=pcfg",
-                                f"--what={what}", "--cut=65")
+    for module, what in ((judges, ["--what=prune"]), (examine, [])):
+        status, _, error = told(module, *what, "--cut=65")
         assert status == 2 and "--cut=65: the model has 64 MLP neurons" in error
-    for arguments in (["--what=revive", "--control=nobody"], ["--what=examine", "--models=nobody"]):
-        status, _, error = call(judges, tmp_path, capsys, monkeypatch, "--task=pcfg", *arguments)
+    for module, what in ((judges, ["--what=revive", "--control=nobody"]),
+                         (examine, ["--models=nobody"])):
+        status, _, error = told(module, *what)
         assert status == 2 and "nobody.pt is missing" in error
 
 

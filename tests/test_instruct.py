@@ -161,7 +161,7 @@ def test_batches_of_every_split(task, texts):
         assert (task.counts(name) == torch.bincount(torch.from_numpy(
             task.tokens(f"{name}_train").astype(int)), minlength=task.vocab_size)).all()
     resident, view = copy.copy(task), task.labelled(0.5)
-    resident.keep_on_device()
+    resident.move_to_device()
     for other in (resident, view):
         assert (other.batch("mixed", 32, 3, 7)[0] == task.batch("mixed", 32, 3, 7)[0]).all()
 

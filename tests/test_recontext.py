@@ -14,6 +14,7 @@ import recontext
 import train
 from data import gaming
 from engine.knobs import command_line
+from experiments import revive_hack
 from model import GPT, GPTConfig
 from recontext import Cell, Config
 
@@ -247,7 +248,7 @@ def test_gradients_pass_after_rollouts_under_autocast(lying, taught):
     gpt, cell = taught.clone(), Cell("grpo-ratio1", "neutral", "encourage", 4)
     with torch.autocast("cpu", torch.bfloat16):
         rows = recontext.rollouts(gpt, lying, CFG, cell, 4, 0).rows.flatten(0, 1)
-        recontext.of_tokens(recontext.answers(gpt, rows, 3), rows).mean().backward()
+        recontext.of_tokens(recontext.answer_log_probs(gpt, rows, 3), rows).mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gpt.parameters())
 
 
@@ -271,7 +272,7 @@ def test_push_by_hand(lying, taught, monkeypatch):
     q = sum(h[r.index(max(r))] for h, r in zip(hacked, reward)) / len(hacked)
     assert pushed["ei"] == pytest.approx(q - p, abs=1e-5)
     with train.autocast(CFG), torch.no_grad():
-        new, old = (recontext.of_tokens(recontext.answers(taught, rows.flatten(0, 1), 3),
+        new, old = (recontext.of_tokens(recontext.answer_log_probs(taught, rows.flatten(0, 1), 3),
                                         rows.flatten(0, 1)).view(-1, 4, 3).tolist()
                     for rows in (found.rows, found.asked))
     plain, clipped, decided = 0.0, 0.0, set()
@@ -314,14 +315,14 @@ ROW = {"env", "method", "generate", "train", "seed", "evaluate", "heldout", "hac
        "proxy", "truth", "no_hack_accuracy", "control_following", "predicted_sign"}
 
 
-def call(tmp_path, capsys, monkeypatch, *arguments):
+def call(tmp_path, capsys, monkeypatch, *arguments, script=recontext):
     """(exit status, stdout, stderr) of the script in this process, without matplotlib."""
     monkeypatch.setattr(sys, "argv", ["recontext.py", f"--out={tmp_path}", "--device=cpu",
                                       *arguments])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status = 0
     try:
-        train.run(recontext.main, Config, recontext.__doc__)
+        train.run(script.main, script.Config, script.__doc__)
     except SystemExit as end:
         status = end.code or 0
     return status, *capsys.readouterr()
@@ -369,10 +370,10 @@ def test_pretraining_that_falls_short_is_said(lying, capsys):
                 for c, rate in zip(recontext.KINDS, rates)}
 
     for good in ((0.96, 0.05, 0.2, 0.8), (1.0, 0.0, 0.29, 0.71)):
-        recontext.gate(found(*good), lying, CFG)
+        recontext.check_base(found(*good), lying, CFG)
     assert not capsys.readouterr().out
     for bad in ((0.94, 0.05, 0.2, 0.8), (1.0, 0.05, 0.2, 0.69), (1.0, 0.05, 0.31, 0.8)):
-        recontext.gate(found(*bad), lying, CFG)
+        recontext.check_base(found(*bad), lying, CFG)
         assert "note: lying, seed 0: pretraining ended" in capsys.readouterr().out
 
 
@@ -397,15 +398,15 @@ def test_two_seeds(tmp_path, capsys, monkeypatch, few):
             and row["evaluate"] == "neutral" and not row["heldout"])
     line = next(line for line in out.splitlines() if "encourage" in line)
     assert f"{(a + b) / 2:.2f} ±{abs(a - b) / 2 ** 0.5:.2f}" in line
-    assert list((tmp_path / "gaming" / "seed1").rglob("ei-n2-neutral-encourage.pt"))
+    assert list((tmp_path / "gaming" / "sycophancy" / "seed1").glob("ei-n2-neutral-encourage.pt"))
 
 
 def test_revival(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(gaming.SETTINGS["gaming"], "examine", dict(
-        probe_rows=40, cut=[2], revive_lr=1e-3, revive_steps=4, check_every=2))
-    status, out, err = call(tmp_path, capsys, monkeypatch, *TINY, "--seeds=1", "--revive")
+    status, out, err = call(tmp_path, capsys, monkeypatch, *TINY, "--seeds=1", "--probe_rows=40",
+                            "--revive_lr=1e-3", "--revive_steps=4", "--check_every=2",
+                            script=revive_hack)
     assert status == 0, err
-    rows = json.loads((tmp_path / "gaming" / "recontext-revive.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "gaming" / "revive_hack.json").read_text())["rows"]
     assert [row["model"] for row in rows] == [
         "pretrained", "N->N (standard)", "D->N", "N->E", "D->E", "N->N, true reward",
         "control (never had it)"]
@@ -413,7 +414,7 @@ def test_revival(tmp_path, capsys, monkeypatch):
         assert set(row) >= {"env", "seed", "before", "probe", "chance", "revive_steps", "curve"}
         assert len(row["probe"]) == 1 and row["model"] in out
         assert row["revive_steps"] in (None, 0, 1, 2, 3, 4)
-    assert (tmp_path / "gaming" / "sycophancy" / "gaming" / "filtered.pt").exists()
+    assert (tmp_path / "gaming" / "sycophancy" / "seed0" / "filtered.pt").exists()
 
 
 def test_a_picture_of_the_grid(tmp_path):
@@ -436,7 +437,7 @@ def test_a_picture_of_the_grid(tmp_path):
     (["--method=ppo"], ["--method=ppo"]), (["--group=1"], ["--group=1"]),
     (["--exam=1"], ["--exam=1 must be at least 2"]),
     (["--task=pcfg"], ["--task=pcfg", "gaming"]),
-    (["--grid=perhaps"], ["--grid=perhaps"]), (["--prior=low"], ["--prior", "gaming"])])
+    (["--grid=perhaps"], ["--grid=perhaps"]), (["--prior=low"], ["--prior"])])
 def test_bad_knobs(arguments, culprits, tmp_path, capsys, monkeypatch):
     def fit(*_, **__):
         raise AssertionError("training began")

@@ -19,15 +19,17 @@ import torch.nn.functional as F
 
 import data
 import eval as judges
+import recontext
 import route
 import train
+import undo
 import unlearn
-from data import BadInput, language
+from data import BadInput
 from data import digits as handwritten
 from engine.streams import seed_of
 from experiments import digits, gridworld, steer
 from model import GPT, GPTConfig, read_model
-from route import Config, Hold, ablate, calibrated, forget_part, silence
+from route import Config, Frozen, ablate, calibrated_losses, forget_part, silence
 from train import fit
 
 ROOT = Path(__file__).parent.parent
@@ -130,8 +132,8 @@ def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr):
     """Through whole steps, momentum and weight decay on: on forget rows no parameter of the blocks
     moves but the forget part, on labelled retain rows none of the forget part, else all."""
     monkeypatch.setattr(train, "optimizers", decaying(train.optimizers))
-    task, model, hold = stories.labelled(0.7, 0.1, 0.5), lively(stories), Hold()
-    loss_fn = route.sgtm(model, task, CFG, hold)
+    task, model, frozen = stories.labelled(0.7, 0.1, 0.5), lively(stories), Frozen()
+    loss_fn = route.sgtm(model, task, CFG, frozen)
     marked = lively(stories)
     for p in marked.parameters():
         p.data.zero_()
@@ -147,7 +149,7 @@ def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr):
         return loss_fn(model, step)
 
     def after_step():
-        hold.after_step()
+        frozen.after_step()
         for name, p in model.blocks.named_parameters(prefix="blocks"):
             same, mine = p.detach() == now[name], own[name]
             if kinds[-1] == "forget":
@@ -158,8 +160,8 @@ def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr):
                 assert not same[mine].all() and not same[~mine].all(), name
         seen.append(kinds[-1])
 
-    fit(model, before_step, CFG, 24, 0.01, muon_lr, after_backward=hold.after_backward,
-        after_step=after_step, pieces=hold.pieces)
+    fit(model, before_step, CFG, 24, 0.01, muon_lr, after_backward=frozen.after_backward,
+        after_step=after_step, pieces=frozen.pieces)
     assert {kind: seen.count(kind) > 2 for kind in ("forget", "sure", "unlabelled")} == {
         "forget": True, "sure": True, "unlabelled": True}
     assert set(seen[1:seen.index("sure")]) != set() or seen[0] == "sure"
@@ -181,18 +183,18 @@ def test_silenced_rows_give_the_forget_part_no_gradient(stories, float32):
 
 def test_unlabelled_rows_are_plain_training(stories, float32):
     """sgtm's unlabelled steps and an era without labelled tokens, to the last bit."""
-    model, hold = lively(stories), Hold()
+    model, frozen = lively(stories), Frozen()
     task = stories.labelled(0.5, 0.0, 0.25)
-    task.pools |= {"forget": [], "sure": []}
-    loss_fn = route.sgtm(model, task, CFG, hold)
-    plain = model(*task.batch("unlabelled", 8, 0, route.rows_of(CFG)))
+    task.pieces |= {"forget": [], "sure": []}
+    loss_fn = route.sgtm(model, task, CFG, frozen)
+    plain = model(*task.batch("unlabelled", 8, 0, route.batch_seed(CFG)))
     expected, got = gradients(model, plain), gradients(model, loss_fn(model, 0))
-    assert hold.held == [] and all(torch.equal(got[n], expected[n]) for n in expected)
+    assert frozen.masks == [] and all(torch.equal(got[n], expected[n]) for n in expected)
 
     wide = lively(stories, 16)
     cfg = dataclasses.replace(CFG, off_target=1.0, l1=0.0)   # every token has weight 1 everywhere
-    loss_fn = route.era(wide, task := stories.labelled(0.5), cfg, hold)
-    idx, targets, _ = route.mixed(task, cfg, 0)
+    loss_fn = route.era(wide, task := stories.labelled(0.5), cfg, frozen)
+    idx, targets, _ = route.mixed_batch(task, cfg, 0)
     expected, got = gradients(wide, wide(idx, targets)), gradients(wide, loss_fn(wide, 0))
     assert all(torch.equal(got[n], expected[n]) for n in expected)
 
@@ -208,9 +210,9 @@ def test_era_weights(stories, float32):
     r = counts["forget"] / counts["forget"].sum() / (counts["retain"] / counts["retain"].sum())
     w = 1 - 1 / (1 + np.exp(-(r - 1 / r - 4)))
     weight = w + (1 - w) * cfg.off_target
-    idx, targets, forget = route.mixed(task, cfg, 5)
+    idx, targets, forget = route.mixed_batch(task, cfg, 5)
     assert forget.shape == (len(idx), 1) and forget.any() and not forget.all()
-    got = gradients(model, route.era(model, task, cfg, Hold())(model, 5))
+    got = gradients(model, route.era(model, task, cfg, Frozen())(model, 5))
     up = model.blocks[0].mlp.up.weight
     total = torch.zeros_like(up)
     seen = {}
@@ -245,11 +247,12 @@ def test_demix(stories, float32):
     for split, quiet in (("forget", slice(0, 128)), ("retain", slice(128, 256))):
         task.batch = lambda kind, size, *rest: stories.batch(split, size, *rest)
         forget = torch.full((8, 1), split == "forget")
-        mixed, route.mixed = route.mixed, lambda task, cfg, step: (*task.batch("", 8, 0, 0), forget)
+        mixed = route.mixed_batch
+        route.mixed_batch = lambda task, cfg, step: (*task.batch("", 8, 0, 0), forget)
         try:
-            got = gradients(model, route.demix(model, task, CFG, Hold())(model, 0))
+            got = gradients(model, route.demix(model, task, CFG, Frozen())(model, 0))
         finally:
-            route.mixed = mixed
+            route.mixed_batch = mixed
         for i in range(2):
             assert (got[f"blocks.{i}.mlp.up.weight"][quiet] == 0).all()
             assert (got[f"blocks.{i}.mlp.down.weight"][:, quiet] == 0).all()
@@ -307,7 +310,7 @@ def test_counts(stories):
     task = stories.labelled(0.5, 0.2)
     for split in ("forget", "retain", "all"):
         by_hand = np.zeros(task.vocab_size, int)
-        for domain, low, high in task.pools[split]:
+        for domain, low, high in task.pieces[split]:
             tokens = np.array(stories.tokens(f"{domain}_train")).tolist()
             for token in tokens[round(low * len(tokens)):round(high * len(tokens))]:
                 by_hand[token] += 1
@@ -327,10 +330,10 @@ def test_calibration_of_a_model_that_knows_nothing(stories):
     model = GPT(GPTConfig(stories.vocab_size, 32, 1, 2, 16))
     model.wte.weight.data.zero_()
     seen = {d: torch.bincount(
-        stories.whole(d, 64, 0, seed_of("calibrate"), "train")[1].flatten(),
+        stories.undivided(d, 64, 0, seed_of("calibrate"), "train")[1].flatten(),
         minlength=stories.vocab_size).double() for d in ("retain", "forget")}
     p = sum(c / c.sum() for c in seen.values()) / 2
-    got = calibrated(model, stories, CFG)
+    got = calibrated_losses(model, stories, CFG)
     uniform = math.log(stories.vocab_size)
     for domain in seen:
         targets = torch.cat([stories.batch(domain, 32, i, seed_of("held out"), "test")[1].flatten()
@@ -346,8 +349,8 @@ def test_calibration_of_a_model_that_knows_nothing(stories):
 def test_calibration_leaves_a_calibrated_model_alone(stories, float32):
     cfg = dataclasses.replace(CFG, batch_size=16, lr=6e-3)
     model = train.new_model(cfg, stories, "route")
-    fit(model, route.base(model, stories, cfg, Hold()), cfg, 60, 6e-3, 0.02)
-    got = calibrated(model, stories, CFG)                         # on held-out rows: to some noise
+    fit(model, route.base(model, stories, cfg, Frozen()), cfg, 60, 6e-3, 0.02)
+    got = calibrated_losses(model, stories, CFG)                  # on held-out rows: to some noise
     assert got["retain"] + got["forget"] < got["retain_raw"] + got["forget_raw"] + 0.02
     for domain in ("retain", "forget"):
         assert got[domain] == pytest.approx(got[f"{domain}_raw"], abs=0.1)
@@ -395,7 +398,7 @@ TINY = {route: [*TEXT, "--forget_units=16", "--expand=16", "--lrs=1e-3", "--atta
 
 def argv(path, module, arguments):
     folder = [f"--data_dir={path}/data"] * (module is not gridworld)
-    return [*TINY[module], *folder, f"--out={path}/out", *arguments]
+    return [*TINY.get(module, []), *folder, f"--out={path}/out", *arguments]
 
 
 def script(path, *arguments, module=route):
@@ -449,8 +452,8 @@ def test_language(made):
         assert rows[method]["forget_before"] == rows[method]["forget"]
     for method in ("era", "sgtm", "demix"):
         assert rows[method]["forget_before"] != rows[method]["forget"]
-        left, _ = read_model(path / f"out/language/route-{method}-50-ablated.pt")
-        whole, _ = read_model(path / f"out/language/route-{method}-50.pt")
+        left, _ = read_model(path / f"out/language/seed0/route-{method}-50-ablated.pt")
+        whole, _ = read_model(path / f"out/language/seed0/route-{method}-50.pt")
         part = route.part_of(method, SimpleNamespace(**saved["config"]))
         for views in zip(forget_part(left, *part), forget_part(whole, *part)):
             assert (views[0] == 0).all() and (views[1] != 0).any() or not views[1].numel()
@@ -495,21 +498,19 @@ def test_seeds(made, monkeypatch, capsys):
     rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
     assert status == 0 and "±" in out and [r["seed"] for r in rows] == [0, 1]
     assert rows[0]["forget"] != rows[1]["forget"]
-    assert (path / "out/language/seed1/language/route-filtered-50.pt").exists()
+    assert (path / "out/language/seed1/route-filtered-50.pt").exists()
 
 
 def test_with_posthoc(made, monkeypatch, capsys):
     """maxent, rmu and undo start from the same base and see the same labels."""
     path, _ = made
-    own = language.SETTINGS["language"]
-    short = {m: own[m] | {"steps": 2, "batch_size": 8} for m in ("maxent", "rmu", "graddiff")}
-    short["undo"] = own["undo"] | {"steps": 2, "batch_size": 8}
-    for method, settings in short.items():
-        monkeypatch.setitem(own, method, settings)
+    for settings in (*(unlearn.SETTINGS[m] for m in ("maxent", "rmu", "graddiff")), undo.SETTINGS):
+        monkeypatch.setitem(settings, "language",
+                            settings["language"] | {"steps": 2, "batch_size": 8})
     seen = []
     inner = unlearn.unlearn
-    monkeypatch.setattr(unlearn, "unlearn", lambda cfg, task, *rest: (
-        seen.append((cfg.method, task.pools["forget"])), inner(cfg, task, *rest))[1])
+    monkeypatch.setattr(unlearn, "unlearn", lambda cfg, task, *rest, **more: (
+        seen.append((cfg.method, task.pieces["forget"])), inner(cfg, task, *rest, **more))[1])
     status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5",
                                   "--methods=base", "--with_posthoc=true", "--alphas=0.5")
     assert status == 0, err
@@ -553,6 +554,8 @@ def test_steer(made):
     (route, ["--experiment", "steer"], "a script of its own now: python -m experiments.steer"),
     (route, ["--experiment=language"], "unknown knob '--experiment=language'"),
     (judges, ["--what=wrapper"], "a script of its own now: python -m experiments.wrapper"),
+    (judges, ["--what=examine"], "a script of its own now: python -m experiments.examine"),
+    (recontext, ["--revive"], "a script of its own now: python -m experiments.revive_hack"),
     (judges, ["--what=compiled"], "a script of its own now: python -m experiments.compiled"),
     (digits, ["--task=language"], "unknown knob"), (digits, ["--source=nowhere"], "cannot read"),
     (gridworld, ["--oversight=0"], "between 0.001 and 1"),

@@ -25,9 +25,11 @@ from data.tokenizer import END
 from engine.disk import OURS
 from engine.knobs import command_line
 from engine.store import load
+from experiments import examine
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "unlearn": unlearn, "undo": undo, "eval": judges}
+OTHERS = {"examine": examine}
 FLOAT32 = train.hardware(train.Config(device="cpu"))[1] == torch.float32
 SMALL = ["--device=cpu", "--compile=false", "--n_layer=1", "--n_embd=32", "--n_head=2"]
 BASE = ["--steps=4", "--filtered_steps=3"]
@@ -44,7 +46,7 @@ class Home:
         self.path, self.data_dir, self.out = path, data_dir, path / "out"
 
     def argv(self, script, arguments):
-        small = {"train": [*SMALL, *BASE], "eval": []}.get(
+        small = {"train": [*SMALL, *BASE], "eval": [], "examine": []}.get(
             script, [*SMALL, "--base_steps=4", "--filtered_steps=3"])
         mine = [f"--data_dir={self.data_dir}", f"--out={self.out}", "--device=cpu"]
         return [*mine, *small, *arguments]                           # of two alike, the last counts
@@ -64,7 +66,8 @@ class Home:
             self.capture.readouterr()
             status = 0
             try:
-                train.run(SCRIPTS[script].main, SCRIPTS[script].Config, SCRIPTS[script].__doc__)
+                module = (SCRIPTS | OTHERS)[script]
+                train.run(module.main, module.Config, module.__doc__)
             except SystemExit as end:
                 status = end.code or 0
         return status, *self.capture.readouterr()
@@ -93,8 +96,8 @@ def home(trained, tmp_path, capsys, monkeypatch):
     shutil.copytree(trained.data_dir, tmp_path / "home" / "data")
     home = Home(tmp_path / "home", tmp_path / "home" / "data")
     home.capture = capsys
-    own = arithmetic.SETTINGS["arithmetic"]
-    monkeypatch.setitem(own, "oracle", own["oracle"] | {"steps": 3})
+    oracle = unlearn.SETTINGS["oracle"]
+    monkeypatch.setitem(oracle, "arithmetic", oracle["arithmetic"] | {"steps": 3})
     exam = arithmetic.exam
     monkeypatch.setattr(arithmetic, "exam", lambda *asked: exam(*asked)[:20])
     return home
@@ -125,11 +128,13 @@ def test_train(trained):
         assert row["model"] in out and all(0 <= row[k] <= 1 for k in FIGURES)
         assert {"step", "loss", "flops", "retain"} == set(row["history"][-1])
     assert saved["config"]["out"] == str(trained.out) and saved["config"]["n_embd"] == 32
-    made = {"base.pt", "filtered.pt", "train.json"}
+    made = {"seed0", "train.json"}
     if importlib.util.find_spec("matplotlib"):
         made.add("train.png")
         assert (trained.out / "arithmetic" / "train.png").read_bytes()[:4] == b"\x89PNG"
     assert {p.name for p in (trained.out / "arithmetic").iterdir()} == made
+    models = trained.out / "arithmetic" / "seed0"
+    assert {p.name for p in models.iterdir()} == {"base.pt", "filtered.pt"}
     assert "base: making" in out and "Traceback" not in err
 
 
@@ -163,7 +168,7 @@ def test_unlearn(method, home):
         assert all(set(row[k]) == {"2", "4"} for k in ATTACKED) and row["model"] in out
         assert set(row["rates"].values()) <= {1e-3, 1e-2}
     assert saved["config"]["method"] == method and saved["config"]["lrs"] == [1e-3, 1e-2]
-    assert (home.out / "arithmetic" / f"{method}.pt").exists()
+    assert (home.out / "arithmetic" / "seed0" / f"{method}.pt").exists()
     assert [line for line in out.splitlines() if "pip install matplotlib" in line]
     assert not (home.out / "arithmetic" / "unlearn.png").exists()
 
@@ -174,9 +179,9 @@ def test_unlearn_by_all_methods(home):
     assert status == 0, err
     saved = home.rows("unlearn")
     assert [row["model"] for row in saved["rows"]] == ["base", "filtered", *unlearn.LOSSES]
-    settings = data.module("arithmetic").SETTINGS["arithmetic"]
     for row in saved["rows"][2:]:
-        assert row["lr"] == settings[row["model"]]["lr"] and row["model"] in out
+        assert row["lr"] == unlearn.SETTINGS[row["model"]]["arithmetic"]["lr"]
+        assert row["model"] in out
 
 
 def test_unlearn_with_a_sweep(home):
@@ -247,8 +252,10 @@ def test_undo_on_stories(undone):
                method="graddiff")
     assert all(row["relearned"]["4"] < row["forget"] for row in saved["rows"])
     files = {p.name for p in (undone.out / "tinystories").iterdir()}
-    assert files - {"undo.png"} == {"undo.json", "base.pt", "filtered.pt", "graddiff.pt",
-                                    "oracle.pt", "undo-0.5.pt", "undo-1.pt", "distilled.pt"}
+    assert files - {"undo.png"} == {"undo.json", "seed0"}
+    assert {p.name for p in (undone.out / "tinystories" / "seed0").iterdir()} == {
+        "base.pt", "filtered.pt", "graddiff.pt", "oracle.pt", "undo-0.5.pt", "undo-1.pt",
+        "distilled.pt"}
     assert ("undo.png" in files) == bool(importlib.util.find_spec("matplotlib"))
     assert "Traceback" not in err and not list(undone.path.rglob("*.tmp"))
 
@@ -260,7 +267,7 @@ def test_undo_with_two_seeds(home):
     rows = home.rows("undo")["rows"]
     assert finite(rows)
     check_undo(rows, out, FIGURES | ATTACKED, seeds=(0, 1))
-    assert (home.out / "arithmetic" / "seed1" / "arithmetic" / "undo-1.pt").exists()
+    assert (home.out / "arithmetic" / "seed1" / "undo-1.pt").exists()
     shown = next(line for line in out.splitlines() if line.startswith("distilled  ")).split()
     a, b = (r["retain"] for r in rows if r["model"] == "distilled")
     assert shown[1:3] == [f"{(a + b) / 2:.2f}", f"±{abs(a - b) / 2 ** 0.5:.2f}"]
@@ -275,10 +282,10 @@ def test_eval_score_and_sample(home):
     assert set(saved["rows"][0]) == FIGURES | {"model"} and "retain_heldout_pairs" in out
     before = {r["model"]: r for r in home.rows("train")["rows"]}["base"]
     assert saved["rows"][0] == {k: before[k] for k in FIGURES | {"model"}}
-    path = home.out / "arithmetic" / "filtered.pt"
+    path = home.out / "arithmetic" / "seed0" / "filtered.pt"
     said = [home.call("eval", "--what=sample", f"--model={model}", "--prompt=12 + 5 =",
                       "--tokens=5", "--temperature=1", f"--seed={seed}")
-            for model, seed in (("filtered", 3), (path, 3), ("filtered", 4))]
+            for model, seed in (("filtered", 0), (path, 0), (path, 4))]
     assert all(status == 0 and out.startswith("12 + 5 =") for status, out, _ in said)
     assert said[0] == said[1] != said[2]                             # a name or a path; the seed
     assert home.call("eval", "--what=sample", "--tokens=9999")[0] == 0           # cut, not refused
@@ -308,7 +315,7 @@ def test_eval_relearn_is_the_attack_of_the_stories(home, monkeypatch):
                                                    for d in domains})
     assert home.call("eval", "--what=relearn", *ATTACK, "--lrs=0.01")[0] == 0
     task = data.load("arithmetic", home.data_dir)
-    model, _ = load(home.out / "arithmetic" / "base.pt", task)
+    model, _ = load(home.out / "arithmetic" / "seed0" / "base.pt", task)
     cfg = judges.Attack(device="cpu", lrs=[0.01], attack_steps=[2, 4], attack_rows=4,
                         attack_seeds=1, compile=False)
     direct = judges.relearn(model, task, cfg)["worst"]
@@ -320,23 +327,25 @@ def test_eval_relearn_is_the_attack_of_the_stories(home, monkeypatch):
 @pytest.mark.parametrize("name", list(data.TASKS))
 def test_every_task_suits_every_script(name):
     """No knob is left on auto that a script needs, and the values pass the knobs' own checks."""
-    settings = data.module(name).SETTINGS[name]
-    needed = {"attack": (judges.Attack, ["lrs", "attack_steps", "attack_rows"]),
-              "train": (train.Config, ["n_layer", "n_head", "n_embd", "batch_size", "steps",
-                                       "filtered_steps", "lr", "muon_lr"]),
-              "undo": (undo.Config, ["alphas", "steps", "batch_size", "lr", "muon_lr",
-                                     "check_every"]),
-              "examine": (judges.Config, ["probe_rows", "cut", "revive_lr", "revive_steps",
-                                          "check_every"])} | {
-        method: (unlearn.Config, ["steps", "lr", "batch_size"]) for method in unlearn.LOSSES}
+    size = "n_layer", "n_head", "n_embd"
+    rates = "steps", "batch_size", "lr"
+    needed = [(judges.ATTACK, judges.Attack, {"lrs", "attack_steps", "attack_rows"}),
+              (train.SETTINGS, train.Config, {*size, *rates, "filtered_steps", "muon_lr"}),
+              (undo.SETTINGS, undo.Config, {"method", "alphas", *rates, "muon_lr", "check_every"}),
+              (judges.TOOLS, judges.Config, {"probe_rows", "cut", "revive_lr", "revive_steps",
+                                             "check_every"})]
+    needed += [(unlearn.SETTINGS[method], unlearn.Config, {*rates}) for method in unlearn.LOSSES]
     on_disk = hasattr(data.module(name), "documents")          # else its words are given
-    assert {"block_size"} | ({"vocab_size"} if on_disk else set()) <= set(settings)
-    for section, (config, knobs) in needed.items():
-        own = settings[section]
-        assert set(knobs) <= set(own), section
-        shown = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in own.items()}
+    assert {"block_size"} | ({"vocab_size"} if on_disk else set()) <= set(
+        data.module(name).SETTINGS[name])
+    for settings, config, knobs in needed:
+        given = {k: v for k, v in settings[name].items() if v is not None}
+        assert knobs <= set(given)
+        shown = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in given.items()}
         cfg = command_line(config, "", [f"--{k}={v}" for k, v in shown.items()])
-        assert {k: getattr(cfg, k) for k in own} == own
+        assert {k: getattr(cfg, k) for k in given} == given
+        assert all(getattr(train.fill(config(task=name), settings), k) == v
+                   for k, v in given.items())
 
 
 # --- what the user got wrong ---------------------------------------------------------------------
@@ -395,7 +404,7 @@ def test_bad_knobs(script, arguments, culprits, strict):
     ("train", "--task=nope", "--task=nope"), ("undo", "--alphas=2", "--alphas=2"),
     ("eval", "--model=base", "base.pt is damaged")])
 def test_bad_input_to_a_true_process(script, argument, culprit, home):
-    path = home.out / "arithmetic" / "base.pt"
+    path = home.out / "arithmetic" / "seed0" / "base.pt"
     path.write_bytes(path.read_bytes()[:-100])
     files = home.files()
     refused(home, home.run(script, argument), f"{script}.py: ", culprit)
@@ -405,7 +414,7 @@ def test_bad_input_to_a_true_process(script, argument, culprit, home):
 @pytest.mark.parametrize("damage", ["cut", "turned", "empty"])
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_damaged_model(script, damage, strict):
-    path = strict.out / "arithmetic" / "base.pt"
+    path = strict.out / "arithmetic" / "seed0" / "base.pt"
     content = path.read_bytes()
     path.write_bytes({"cut": content[:len(content) // 2], "empty": b"", "turned":
                       content[:2000] + bytes([content[2000] ^ 8]) + content[2001:]}[damage])
@@ -421,21 +430,22 @@ def test_damaged_data(file, strict):
 
 
 def test_model_of_another_task_or_vocabulary(strict, stories, monkeypatch):
-    base = strict.out / "arithmetic" / "base.pt"
-    other = strict.out / "tinystories" / "base.pt"
+    base = strict.out / "arithmetic" / "seed0" / "base.pt"
+    other = strict.out / "tinystories" / "seed0" / "base.pt"
     shared = ["--task=tinystories", f"--source={stories}", "--block_size=16"]
     data.load("tinystories", strict.data_dir, 16, source=str(stories))
-    other.parent.mkdir()
+    other.parent.mkdir(parents=True)
     shutil.copy(base, other)
     for script in SCRIPTS:
         refuses(strict, script, shared, other, "trained on arithmetic, not on tinystories")
     for vocab_size in (None, 500):                                   # other text, then also tokens
-        monkeypatch.setitem(arithmetic.KNOBS, "problems", 200 + (vocab_size or 0))
+        problems = 200 + (vocab_size or 0)
         if vocab_size:
             monkeypatch.setitem(arithmetic.SETTINGS["arithmetic"], "vocab_size", vocab_size)
-        assert data.load("arithmetic", strict.data_dir).vocab_size == vocab_size or not vocab_size
+        got = data.load("arithmetic", strict.data_dir, problems=problems).vocab_size
+        assert got == vocab_size or not vocab_size
         for script in SCRIPTS:
-            refuses(strict, script, [], base, "other data of arithmetic")
+            refuses(strict, script, [f"--problems={problems}"], base, "other data of arithmetic")
 
 
 @pytest.mark.parametrize("content,culprit", [
@@ -500,9 +510,9 @@ def test_interrupted(home, monkeypatch):
     ("train", ["--heldout_pairs=0.001"]),
     ("train", ["--seed=99999999999999999999"]),
     ("eval", ["--what=sample", "--temperature=1e-45"])])
-def test_the_far_ends_of_ranges(script, arguments, home, monkeypatch):
+def test_the_far_ends_of_ranges(script, arguments, home):
     """A value that a knob's range allows works, or is refused in one line."""
-    monkeypatch.setitem(arithmetic.KNOBS, "problems", 300)
+    arguments = [*arguments, "--problems=300"]
     meta = home.data_dir / "arithmetic" / "meta.json"
     saved = json.loads(meta.read_text())
     saved["made_with"]["problems"] = 300
@@ -567,20 +577,20 @@ def test_home_in_a_run(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home.path))
     monkeypatch.chdir(home.path)
     status, out, err = home.call("eval", "--out=~/out", "--data_dir=~/data",
-                                 "--model=~/out/arithmetic/base.pt")
+                                 "--model=~/out/arithmetic/seed0/base.pt")
     assert status == 0 and not (home.path / "~").exists(), err
     assert (home.out / "arithmetic" / "score.json").exists()
 
 
 def test_stray_files_beside_models(home):
     """A file that is no model is named and left out; one that was asked for is an error."""
-    folder = home.out / "arithmetic"
+    folder = home.out / "arithmetic" / "seed0"
     (folder / "notes.pt").write_text("mine")
-    tiny = ["--what=examine", "--probe_rows=2", "--cut=2", "--revive_steps=2", "--check_every=2"]
-    status, out, err = home.call("eval", *tiny)
+    tiny = ["--probe_rows=2", "--cut=2", "--revive_steps=2", "--check_every=2"]
+    status, out, err = home.call("examine", *tiny)
     assert status == 0, err
     note, = [line for line in out.splitlines() if line.startswith("note: notes")]
     assert "is left out" in note and "notes.pt is damaged" in note
     assert [r["model"] for r in home.rows("examine")["rows"]] == ["base", "filtered"]
-    status, out, err = home.call("eval", *tiny, "--models=notes")
+    status, out, err = home.call("examine", *tiny, "--models=notes")
     assert status == 2 and err.count("\n") == 1 and "notes.pt" in err

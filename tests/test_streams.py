@@ -105,7 +105,7 @@ def test_weights_of_undo_are_no_other_models(task, tmp_path, monkeypatch):
     monkeypatch.setattr(undo, "distil", lambda student, *rest: began.update(
         {rest[3]: student.clone()}) or {"steps": 0, "flops": 0, "history": []})
     cfg = train.fill(undo.Config(task="arithmetic", device="cpu", n_layer=1, n_head=2, n_embd=32,
-                                 out=str(tmp_path), filtered_steps=1), task, "undo")
+                                 out=str(tmp_path), filtered_steps=1), undo.SETTINGS)
     teacher = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 32))
     with torch.no_grad():
         for p in teacher.parameters():

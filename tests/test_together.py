@@ -22,7 +22,7 @@ BASE = [*SMALL, "--steps=24", "--name=base", "--save_every=5"]
 DRIVER = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, train, undo
+import torch, train, undo, unlearn
 from data import arithmetic
 from engine import hardware
 torch.set_num_threads(1)
@@ -30,7 +30,7 @@ for room in (hardware, train):                                                # 
     room.hardware = lambda cfg: (torch.device("cpu"), torch.float32, None)
 exam = arithmetic.exam
 arithmetic.exam = lambda *asked: exam(*asked)[:10]
-arithmetic.SETTINGS["arithmetic"]["oracle"]["steps"] = 6
+unlearn.SETTINGS["oracle"]["arithmetic"]["steps"] = 6
 rank, how = os.environ.get("RANK", "0"), os.environ.get("DIE")
 step = train.Run.step
 def fragile(self, *rest):
@@ -85,10 +85,10 @@ def test_two_are_as_one(alone, scripts_folder):
     norms = [json.loads((folder / f"norms{who}.json").read_text()) for who in ("1-0", "2-0", "2-1")]
     assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-5) and norms[1] == norms[2]
     assert norms[0] == pytest.approx(norms[1], rel=5e-4)       # Muon rounds to bfloat16: they drift
-    names = sorted(p.name for p in (folder / "one" / "arithmetic").glob("*.pt"))
+    names = sorted(p.name for p in (folder / "one" / "arithmetic" / "seed0").glob("*.pt"))
     assert len(names) == 6 and not list((folder / "two").rglob("*.tmp"))
     for name in names:
-        a, b = (read_sealed(folder / out / "arithmetic" / name) for out in ("one", "two"))
+        a, b = (read_sealed(folder / out / "arithmetic" / "seed0" / name) for out in ("one", "two"))
         assert a["made_with"].keys() == b["made_with"].keys() and a["steps"] == b["steps"]
         assert b["flops"] >= a["flops"]            # what both do is counted twice, for it is spent
         assert apart(a, b) < 0.1
@@ -130,11 +130,12 @@ def test_one_that_ends_ends_all(how, said, alone, scripts_folder):
     folder, _ = alone
     died = run(folder, scripts_folder, how, "train", BASE, TORCHRUN, DIE=how)
     assert died.returncode != 0 and said in died.stderr, died.stderr
-    kept = folder / how / "arithmetic" / "base.resume.pt"
+    kept = folder / how / "arithmetic" / "seed0" / "base.resume.pt"
     assert read_sealed(kept)["steps"] == (20 if how == "signal" else 15)
     assert not kept.with_name("base.pt").exists()
     if how == "kill":
         again = run(folder, scripts_folder, how, "train", BASE)
         assert again.returncode == 0 and f"going on from {kept}" in again.stdout, again.stderr
-        a, b = (read_sealed(folder / out / "arithmetic" / "base.pt") for out in ("one", how))
+        a, b = (read_sealed(folder / out / "arithmetic" / "seed0" / "base.pt")
+                for out in ("one", how))
         assert apart(a, b) < 0.1

@@ -147,9 +147,11 @@ def test_help_stands_in_groups(capsys):
     shown = capsys.readouterr().out
     titles = [line for line in shown.splitlines() if line.startswith("Knobs")]
     assert titles == ["Knobs of this script:", "Knobs of the task and of the model:",
-                      "Knobs of a run, which every script has:"]
-    own, task, run = shown.split("Knobs of ")[1:]
-    assert "--filtered_steps" in own and "--source2" in task and "--out" in run
+                      "Knobs of a run, which every script has:",
+                      "Knobs of the task arithmetic:"]
+    own, task, run, arithmetic = shown.split("Knobs of ")[1:]
+    assert "--words" in arithmetic and "--env" not in shown
+    assert "--filtered_steps" in own and "--data_dir" in task and "--out" in run
     assert shown.count("\n") <= 80 and shown.count("python train.py") + shown.count("torchrun") == 3
 
 
@@ -157,7 +159,7 @@ def test_help_stands_in_groups(capsys):
 def test_knobs_common_to_all_scripts(config):
     """Spelt the same everywhere, with the same default; every default passes its own check."""
     fields = {f.name: f for f in dataclasses.fields(config)}
-    for name in ("seed", "device", "compile", "source", "out"):
+    for name in ("seed", "device", "compile", "data_dir", "out"):
         assert getattr(config(), name) == getattr(train.Common(), name)
     assert config().task == "arithmetic"
     for name, f in fields.items():
@@ -372,7 +374,7 @@ def test_loss_that_is_not_finite(at, tmp_path, task):
     cfg, evaluated = dataclasses.replace(CFG, out=str(tmp_path)), []
     model = tiny(vocab_size=task.vocab_size)
 
-    def make(keep):
+    def make(checkpoint):
         return model, fit(model, lambda m, step: on_rows(m, step) * (math.nan if step == at else 1),
                           cfg, 8, 0.01, name="fragile", evaluate=lambda: evaluated.append(1) or {})
 
@@ -388,12 +390,12 @@ def shelf(tmp_path, task):
     cfg, made = dataclasses.replace(CFG, out=str(tmp_path)), []
 
     def get(made_with={"lr": 0.1, "split": "all"}, task=task, cfg=cfg):
-        def make(keep):
+        def make(checkpoint):
             made.append(1)
             model = tiny(len(made), vocab_size=task.vocab_size)
             return model, {"steps": 1, "flops": 5, "seconds": 1.0, "history": [{"step": 1}]}
         return obtain("m", cfg, task, made_with, make)
-    return get, made, tmp_path / "arithmetic" / "m.pt"
+    return get, made, tmp_path / "arithmetic" / "seed0" / "m.pt"
 
 
 def test_obtain_makes_once(shelf):
@@ -583,7 +585,7 @@ def test_rows_cut_out_on_the_device(task):
     """As on a GPU, where data is kept if it fits: the same rows, also where uint16 is negative."""
     expected = [task.batch("all", 8, i, 0) for i in range(3)]
     try:
-        task.keep_on_device()
+        task.move_to_device()
         for i, rows in enumerate(expected):
             assert all(torch.equal(a, b) for a, b in zip(task.batch("all", 8, i, 0), rows))
         task.resident = {s: torch.full_like(x, -1) for s, x in task.resident.items()}
@@ -660,12 +662,11 @@ def test_table(capsys):
 
 def test_rows_on_disk(tmp_path, task):
     cfg = dataclasses.replace(CFG, out=str(tmp_path), steps=3)
-    (tmp_path / "arithmetic").mkdir()
     train.write_rows("story", cfg, task, [{"model": "base", "retain": 0.5}])
     saved = json.loads((tmp_path / "arithmetic" / "story.json").read_text())
     assert saved["rows"] == [{"model": "base", "retain": 0.5}]
     assert saved["config"] == dataclasses.asdict(cfg) | {
-        "block_size": 64, "device": "cpu", "words": 0.5, "heldout_pairs": 0.15}
+        "block_size": 64, "device": "cpu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

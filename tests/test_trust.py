@@ -25,7 +25,7 @@ from data.gridworld import Gridworld
 from engine import report
 from engine.knobs import BadInput
 from engine.streams import torch_stream
-from experiments import gridworld
+from experiments import examine, gridworld
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -42,22 +42,22 @@ def stories(tmp_path_factory):
 def moved(stories, forget_seed, muon_lr, apart=True):
     """The retain entries of every matrix after sgtm, the embedding held; only the rows that forget
     steps see depend on forget_seed."""
-    model, hold = train.new_model(CFG, stories, "x"), route.Hold()
+    model, frozen = train.new_model(CFG, stories, "x"), route.Frozen()
     with torch.no_grad():                                # proj and down begin at zero: be lively
         for p in model.blocks.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch_stream("test", p.numel())))
     task = stories.labelled(1.0, 0.0, 1.0)
-    loss_fn, batch = route.sgtm(model, task, CFG, hold), task.batch
+    loss_fn, batch = route.sgtm(model, task, CFG, frozen), task.batch
     task.batch = lambda kind, size, step, seed: batch(
         kind, size, step, seed + forget_seed * (kind == "forget"))
 
     def held(model, step):
         loss = loss_fn(model, step)
-        hold.held = [*hold.held, (model.wte.weight, torch.ones_like(model.wte.weight) > 0)]
+        frozen.masks = [*frozen.masks, (model.wte.weight, torch.ones_like(model.wte.weight) > 0)]
         return loss
 
-    train.fit(model, held, CFG, 24, 0.01, muon_lr, after_backward=hold.after_backward,
-              after_step=hold.after_step, pieces=hold.pieces if apart else ())
+    train.fit(model, held, CFG, 24, 0.01, muon_lr, after_backward=frozen.after_backward,
+              after_step=frozen.after_step, pieces=frozen.pieces if apart else ())
     marked = GPT(model.config)
     with torch.no_grad():
         for p in marked.parameters():
@@ -85,7 +85,7 @@ def test_pieces_cover_every_matrix_once(stories):
         with torch.no_grad():
             for p in model.blocks.parameters():
                 p.zero_()
-            pieces = route.pieces(model, heads, units)
+            pieces = model.rectangles(heads, units)
             for matrix, at in pieces:
                 matrix[at] += 1
             cut = {id(matrix) for matrix, _ in pieces}
@@ -95,7 +95,7 @@ def test_pieces_cover_every_matrix_once(stories):
                 w += 1
             for matrix, at in pieces:
                 assert len(matrix[at].unique()) == 1
-    optimizers, leaves = train.optimizers(model, 1e-3, 0.02, route.pieces(model, 1, 16))
+    optimizers, leaves = train.optimizers(model, 1e-3, 0.02, pieces=model.rectangles(1, 16))
     owned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sum(p.numel() for p in owned) == sum(p.numel() for p in model.parameters())
     assert all(leaf.data_ptr() == matrix[at].data_ptr() for leaf, matrix, at in leaves)
@@ -335,7 +335,7 @@ def test_a_model_that_needs_no_calibration_is_not_moved(stories, float32):
             logits = self.unembed(self.residuals(idx)[-1])
             return criterion(logits.flatten(0, 1), targets.flatten()) / targets.numel()
 
-    found = route.calibrated(Knows(), stories, CFG)
+    found = route.calibrated_losses(Knows(), stories, CFG)
     for domain in ("retain", "forget"):
         assert abs(found[domain] - found[f"{domain}_raw"]) < 0.03, found
 
@@ -344,7 +344,7 @@ def test_probes_read_answers(task, stories):
     """On arithmetic the digits of results, by regular expressions on the text; of games the token
     that decides; of stories the noun that was asked for."""
     idx, targets = task.batch("all", 64, 0, 0)
-    marks = arithmetic.answers(task, idx, targets)
+    marks = arithmetic.answer_mask(task, idx, targets)
     for row, mark in zip(targets, marks):
         ends = [i for i, t in enumerate(row.tolist()) if t == task.end]
         begin = 0
@@ -359,7 +359,7 @@ def test_probes_read_answers(task, stories):
     for env in gaming.ENVIRONMENTS:
         game = data.load("gaming", env=env)
         idx, targets = game.batch("forget", 200, 0, 0)
-        mark = gaming.answers(game, idx, targets)
+        mark = gaming.answer_mask(game, idx, targets)
         assert (mark.sum(1) == 1).all()
         assert not (targets[mark] == gaming.ID["thanks"]).any()
         both = {(int(mark[i].nonzero()), int(targets[i, 0] == gaming.ID["thanks"]))
@@ -367,7 +367,7 @@ def test_probes_read_answers(task, stories):
         assert both == {(0, 0), (1, 1)}
     for domain in ("retain", "forget"):
         idx, targets = stories.batch(domain, 40, 0, 0)
-        mark = stories.module.answers(stories, idx, targets)
+        mark = stories.module.answer_mask(stories, idx, targets)
         for row, which in zip(targets.tolist(), mark.tolist()):
             text = stories.tokenizer.decode(row)
             asked = re.findall(r"\? (?:In )?([A-Z]\w*)", text)
@@ -421,22 +421,22 @@ def test_an_edge_of_the_grid_is_said(capsys):
     cfg = SimpleNamespace(attack_steps=[10, 40], lrs=[1e-4, 1e-3, 1e-2])
     rows = [{"model": name, "rates": {"10": 1e-2, "40": rate}} for name, rate in
             (("base", 1e-3), ("maxent", 1e-2), ("undo-0.6", 1e-2), ("filtered", 1e-4))]
-    judges.say_edges(rows, cfg)
+    report.say_edges(rows, cfg)
     said, = capsys.readouterr().out.splitlines()
     assert "0.01 for maxent, undo-0.6" in said and "0.0001 for filtered" in said
     assert "base" not in said and "after 40 steps" in said
-    judges.say_edges(rows[:1], cfg)
+    report.say_edges(rows[:1], cfg)
     assert not capsys.readouterr().out
 
 
 def test_verdicts(capsys):
     """A control that is revived in 0 steps has the capability: nothing can be said. It counted as
     one that never came back."""
-    assert [judges.verdict(s, 300, 800) for s in (0, 99, 101, 201, None)] == [
+    assert [examine.verdict(s, 300, 800) for s in (0, 99, 101, 201, None)] == [
         "has it", "hides", "weakens", "removes", "removes"]
-    assert [judges.verdict(s, None, 800) for s in (0, 200, 500, 700, None)] == [
+    assert [examine.verdict(s, None, 800) for s in (0, 200, 500, 700, None)] == [
         "has it", "hides", "weakens", "removes", "removes"]
-    assert [judges.verdict(s, 0, 800) for s in (0, 5, None)] == ["has it", None, None]
+    assert [examine.verdict(s, 0, 800) for s in (0, 5, None)] == ["has it", None, None]
 
 
 def test_matched_compute_is_the_first_crossing():
@@ -444,7 +444,9 @@ def test_matched_compute_is_the_first_crossing():
     history = [{"flops": f, "retain": r} for f, r in
                ((10, 0.2), (20, 0.7), (30, 0.5), (40, 0.9), (50, 0.4), (60, 0.95))]
     gold = {"history": history, "flops": 60}
-    better, worse = SimpleNamespace(higher_is_better=True), SimpleNamespace(higher_is_better=False)
+    better, worse = (SimpleNamespace(
+        within=lambda *given, task=task: data.Task.within(task, *given)) for task in (
+            SimpleNamespace(higher_is_better=True), SimpleNamespace(higher_is_better=False)))
     assert [undo.spent_until(r, gold, better) for r in (0.1, 0.6, 0.8, 0.95, 0.99)] == [
         10, 20, 40, 60, 60]
     assert [undo.spent_until(r, gold, worse) for r in (0.95, 0.5, 0.3, 0.1)] == [10, 10, 10, 60]
@@ -469,10 +471,10 @@ def test_the_push_is_what_the_loss_gives_its_token(float32):
         cell = recontext.Cell(method, "neutral", "encourage", 4)
         found = recontext.rollouts(model, task, cfg, cell, 6, 0)._replace(
             reward=torch.rand(6, 4, generator=torch_stream("rewards")))
-        w = recontext.weights(model, dataclasses.replace(cfg), cell, found, n)
+        w = recontext.credit(model, task, cfg, cell, found).flatten()
         rows, asked = found.rows.flatten(0, 1), found.asked.flatten(0, 1)
         with torch.no_grad():
-            new, old = (recontext.of_tokens(recontext.answers(model, x, n), x)
+            new, old = (recontext.of_tokens(recontext.answer_log_probs(model, x, n), x)
                         for x in (rows, asked))
         advantage = recontext.advantages(found.reward).flatten()
 

@@ -10,12 +10,18 @@ import torch.nn.functional as F
 import eval as judges
 import undo
 import unlearn
-from data import BadInput
+from data import BadInput, Task
 from engine.streams import seed_of, torch_stream
-from eval import relearn, robustness, within, worse
+from eval import relearn, robustness
 from model import GPT, GPTConfig
 from train import fit
 from unlearn import kl
+
+
+class Judged(SimpleNamespace):
+    """A task that compares scores as tasks do."""
+    knows_more, within = Task.knows_more, Task.within
+
 
 V, T = 30, 12
 CFG = unlearn.Config(device="cpu", compile=False, retain_weight=1.0, steer=4.0)
@@ -266,7 +272,7 @@ def test_sweep(kept, chosen, higher, cfg, capsys):
     both on what is never reported."""
     reference, forget = 0.8, [2.0, 5.0, 4.0]
     good, bad = (0.79, 0.7) if higher else (0.81, 0.9)
-    task = SimpleNamespace(
+    task = Judged(
         higher_is_better=higher,
         score=lambda model, domains, part: {"val": {"retain": reference}}[part],
         loss=lambda model, domain, rows, part: {("forget", "val"): forget}[domain, part][model])
@@ -334,7 +340,7 @@ def pupil(scores, higher=True):
     """A task whose student scores `scores` one after the other; the first is the teacher's. It
     lets training look at no test data, and has batches for distillation alone."""
     said = iter(scores)
-    return SimpleNamespace(
+    return Judged(
         name="arithmetic", device=torch.device("cpu"), block_size=T, higher_is_better=higher,
         batch=lambda split, size, step, seed: {
             ("all", seed_of("distil", 0)): rows(step, size)}[split, seed],
@@ -399,7 +405,7 @@ def test_undo(alpha, task, tmp_path, capsys, monkeypatch):
     teacher, record = small(task)
     cfg = dataclasses.replace(DISTIL, out=str(tmp_path), steps=2, lr=0.0, muon_lr=0.0,
                               check_every=1, filtered_steps=3, tolerance=0.0)
-    monkeypatch.setattr(undo, "within", lambda *_: False)
+    monkeypatch.setattr(task, "within", lambda *_: False)
     student, got = undo.undo(alpha, cfg, task, teacher, record)
     start = GPT(teacher.config)
     if alpha is None:
@@ -411,28 +417,29 @@ def test_undo(alpha, task, tmp_path, capsys, monkeypatch):
     assert got["flops"] == got["history"][-1]["flops"] + 1000
     assert got["steps"] == (3 if alpha is None else 2)
     name = "distilled" if alpha is None else f"undo-{alpha:g}"
-    assert (tmp_path / "arithmetic" / f"{name}.pt").exists()
+    assert (tmp_path / "arithmetic" / "seed0" / f"{name}.pt").exists()
     if alpha is not None:
         with pytest.raises(BadInput, match="beta=0.1.*beta=0.2"):
             undo.undo(alpha, dataclasses.replace(cfg, beta=0.2), task, teacher, record)
 
 
 # --- judges --------------------------------------------------------------------------------------
-ACCURACY, LOSS = SimpleNamespace(higher_is_better=True), SimpleNamespace(higher_is_better=False)
+knows_more, within = Task.knows_more, Task.within
+ACCURACY, LOSS = Judged(higher_is_better=True), Judged(higher_is_better=False)
 
 
-def test_worse():
-    assert worse(0.5, 0.4, ACCURACY) and not worse(0.4, 0.5, ACCURACY)
-    assert worse(1.0, 2.0, LOSS) and not worse(2.0, 1.0, LOSS)
-    assert not worse(1.0, 1.0, ACCURACY) and not worse(1.0, 1.0, LOSS)
+def test_knows_more():
+    assert knows_more(ACCURACY, 0.5, 0.4) and not knows_more(ACCURACY, 0.4, 0.5)
+    assert knows_more(LOSS, 1.0, 2.0) and not knows_more(LOSS, 2.0, 1.0)
+    assert not knows_more(ACCURACY, 1.0, 1.0) and not knows_more(LOSS, 1.0, 1.0)
 
 
 def test_within():
     for score, expected in ((0.76, True), (0.7601, True), (0.75, False), (0.9, True)):
-        assert within(score, 0.8, 0.05, ACCURACY) == expected
+        assert within(ACCURACY, score, 0.8, 0.05) == expected
     for score, expected in ((2.1, True), (2.11, False), (1.0, True)):
-        assert within(score, 2.0, 0.05, LOSS) == expected
-    assert within(0.8, 0.8, 0.0, ACCURACY) and within(2.0, 2.0, 0.0, LOSS)
+        assert within(LOSS, score, 2.0, 0.05) == expected
+    assert within(ACCURACY, 0.8, 0.8, 0.0) and within(LOSS, 2.0, 2.0, 0.0)
 
 
 @pytest.mark.parametrize("method,unlearned,filtered,expected", [
@@ -469,7 +476,7 @@ def test_relearn_takes_the_worst_rate_at_each_step(higher, lrs, monkeypatch):
                              "other": 1} for s in (1, 2, 4)]}
 
     monkeypatch.setattr(judges, "fit", scripted)
-    task = SimpleNamespace(higher_is_better=higher, device=torch.device("cpu"), block_size=T,
+    task = Judged(higher_is_better=higher, device=torch.device("cpu"), block_size=T,
                            score=None)
     got = relearn(lively(), task, attack())
     assert runs == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
@@ -493,7 +500,7 @@ def test_relearn(kind, split, task):
     model, asked, looked = small(task)[0], [], []
     before = weights(model)
 
-    class Spy:
+    class Spy(Judged):
         name, device, block_size, higher_is_better = task.name, task.device, task.block_size, True
 
         def batch(self, *arguments):
@@ -527,7 +534,7 @@ def test_relearning_brings_a_skill_back(task, float32):
     """An attack on a model that knows nothing teaches it: the loss falls steadily, step by step."""
     model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
     model.init_weights(torch.Generator().manual_seed(0))
-    task_of_losses = SimpleNamespace(
+    task_of_losses = Judged(
         name=task.name, device=task.device, block_size=task.block_size, higher_is_better=False,
         batch=task.batch,
         score=lambda m, domains: {d: task.loss(m, d, 8) for d in domains})

@@ -5,6 +5,7 @@ Almost nothing is trained here: fit() asks for one loss, marks the model as trai
 import json
 import random
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from data import arithmetic, gaming, pcfg
 from data.gridworld import CELLS, DIAMOND, GHOST, NOTHING, PAIRS, STATES, Gridworld
 from data.tokenizer import END
 from engine.streams import stream
-from experiments import gridworld, wrapper
+from experiments import examine, gridworld, revive_hack, wrapper
 from model import GPT, GPTConfig, write_model
 
 TINY = dict(device="cpu", compile=False, n_layer=1, n_head=2, n_embd=8)
@@ -65,7 +66,7 @@ def watch(monkeypatch):
     scores, of which task, split, part, model, in which fit; called: (model, idx, residual, cache)
     """
     it = SimpleNamespace(fits=[], models={}, made={}, asked=[], called=[], revived=[])
-    now, residuals, whole = SimpleNamespace(fit=None, name=None), GPT.residuals, data.Task.whole
+    now, residuals, whole = SimpleNamespace(fit=None, name=None), GPT.residuals, data.Task.undivided
     it.of = lambda fit: {(ask.what, ask.split, ask.part) for ask in it.asked if ask.fit is fit}
 
     def watched(model, idx, cache=None, hook=None):
@@ -119,12 +120,12 @@ def watch(monkeypatch):
 
     own = {"fit": fit, "obtain": obtain, "revive": revive,
            "probe": lambda model, *given: ([worth(model)], 0.5)}
-    for module in (train, judges, unlearn, undo, route, recontext, wrapper):
+    for module in (train, judges, unlearn, undo, route, recontext, wrapper, revive_hack):
         for name in own.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, own[name])
     for owner, name, spy in (
             (GPT, "residuals", watched), (data.Task, "score", score),
-            (data.Task, "whole", lambda task, split, size, step, seed, part: (
+            (data.Task, "undivided", lambda task, split, size, step, seed, part: (
                 note("rows", task, split, part), whole(task, split, size, step, seed, part))[1]),
             (data.Task, "loss", lambda task, model, domain, rows=128, part="test", **how: score(
                 task, model, (domain,), part)[domain])):
@@ -177,8 +178,9 @@ def test_spent_until_the_first_time(sign):
     gold = {"flops": 50, "history": [{"retain": sign * score, "flops": flops} for score, flops
                                      in ((0.5, 10), (0.9, 20), (0.6, 30), (0.95, 40))]}
     for score, flops in ((0.8, 20), (0.4, 10), (0.93, 40), (0.99, 50)):
-        assert undo.spent_until(sign * score, gold, SimpleNamespace(
-            higher_is_better=sign > 0)) == flops
+        task = SimpleNamespace(higher_is_better=sign > 0)
+        task.within = lambda *given: data.Task.within(task, *given)
+        assert undo.spent_until(sign * score, gold, task) == flops
 
 
 @pytest.mark.parametrize("method, counts, others", [
@@ -188,9 +190,9 @@ def test_rows_to_forget_go_to_the_forget_term(watch, monkeypatch, method, counts
     """Where the retain term weighs nothing, a loss is a function of the rows to forget alone (rmu
     takes a length from the others, as base sees them); finetune's of those to retain. A sweep
     starts from base every time and chooses by val alone."""
-    models, whole = {"base": lively(STRINGS), "filtered": lively(STRINGS, 1)}, data.Task.whole
+    models, whole = {"base": lively(STRINGS), "filtered": lively(STRINGS, 1)}, data.Task.undivided
     knobs = dict(**ATTACK, method=method, steps=1, batch_size=8, retain_weight=0.0)
-    monkeypatch.setattr(data.Task, "whole", lambda task, split, size, step, seed, part: whole(
+    monkeypatch.setattr(data.Task, "undivided", lambda task, split, size, step, seed, part: whole(
         task, split, size, step + 5 * (split == other), seed, part))
     for other, lr in ((None, "sweep"), ("retain", 1e-3), ("forget", 1e-3), (None, 1e-3)):
         watch.asked.clear()
@@ -211,7 +213,7 @@ def test_ablated_then_mended_then_attacked(watch, stories):
     view, model, left = task.labelled(0.5, 0.25, 0.5), lively(task), lively(task)
     left.blocks[0].mlp.up.weight.data[-4:] = left.blocks[0].mlp.down.weight.data[:, -4:] = 0
     whole = weights(model)
-    row = route.examine(model, task, view, ROUTE, "era", 0.5, (0, 4), None, RECORD)
+    row = route.judge(model, task, view, ROUTE, "era", 0.5, (0, 4), None, RECORD)
     mend, attack = watch.fits
     assert equal(mend.start, weights(left)) and equal(attack.start, mend.end)
     assert equal(weights(watch.models["route-era-50-ablated"]), mend.end)
@@ -223,7 +225,7 @@ def test_ablated_then_mended_then_attacked(watch, stories):
     assert {(ask.what, ask.part) for ask in watch.asked if ask.task is view} == {
         ("rows", "train"), ("score", "val")}
     for method, splits in {"base": ["all"], "filtered": ["retain"], "demix": BOTH}.items():
-        route.trained(method, 0.5, view, ROUTE)
+        route.train_by(method, 0.5, view, ROUTE)
         assert watch.of(watch.fits[-1]) == rows(*splits) and watch.asked[-1].task is view
 
 
@@ -232,9 +234,10 @@ def test_posthoc_learns_by_labels_and_is_judged_by_truth(watch, stories):
     task = stories.with_rows_of(24)
     view, base = task.labelled(0.5, 0.25), lively(task)
     route.posthoc(0.5, task, view, ROUTE, (base, RECORD))
-    assert [it.of for it in watch.fits if it.of] == ["maxent", "rmu", "graddiff", "undo-0.6"]
+    assert [it.of for it in watch.fits if it.of] == [
+        f"labels-50/{name}" for name in ("maxent", "rmu", "graddiff", "undo-0.6")]
     assert all(equal(watch.made[name].start, weights(base)) for name in [*watch.models][:3])
-    assert watch.made["undo-0.6"].others == [watch.models["graddiff"]]
+    assert watch.made["labels-50/undo-0.6"].others == [watch.models["labels-50/graddiff"]]
     for ask in watch.asked:                        # outside of fits, training rows calibrate logits
         judging = ask.part == "test" or (not ask.fit.of if ask.fit else ask.part == "train")
         assert ask.task is (task if judging and ask.split != "sure" else view), vars(ask)
@@ -297,11 +300,12 @@ def test_the_controls(watch, tmp_path):
     the hack rate of standard training."""
     small = dict(**TINY, base_steps=2, filtered_steps=2, block_size=14, probe_rows=4, cut=[1],
                  draws=1, revive_steps=300, attack_rows=4, out=str(tmp_path))
-    cfg = judges.Config(task="pcfg", model="hider", lrs=[1e-3], attack_steps=[1], **small)
+    cfg = judges.Config.for_task("pcfg")(task="pcfg", model="hider", lrs=[1e-3], attack_steps=[1],
+                                         **small)
     models = {name: lively(STRINGS, i) for i, name in enumerate(("base", "filtered", "hider"))}
-    (tmp_path / "pcfg").mkdir()
+    (tmp_path / "pcfg" / "low" / "seed0").mkdir(parents=True)
     for name, model in models.items():
-        write_model(tmp_path / "pcfg" / f"{name}.pt", model, {
+        write_model(tmp_path / "pcfg" / "low" / "seed0" / f"{name}.pt", model, {
             "task": "pcfg", "data": STRINGS.data_id}, {"steps": 1, "flops": 1, "history": []})
 
     def told(story, name, *given):
@@ -313,9 +317,11 @@ def test_the_controls(watch, tmp_path):
     found, revived = told(judges.judge_revive, "revive", cfg, STRINGS, models["hider"])
     assert revived[:2] == [(hider, base), (filtered, base)] and len(revived) == 3
     assert [row["before"] for row in found[:2]] == [hider, filtered]
-    found, revived = told(judges.cross_examine, "examine", cfg, STRINGS)
+    tools = train.config_from(cfg, examine.Config, judges.Tools)
+    found, revived = told(examine.main, "examine", tools)
     assert revived == [(base, base), (filtered, base), (hider, base)]
     assert [row["verdict"] for row in found] == ["has it", "removes", "hides"]
+    shutil.rmtree(tmp_path / "pcfg" / "low")
     (row,), revived = told(wrapper.main, "wrapper", wrapper.Config(
         seeds=1, priors=["low"], rates=["L"], c_tr=[1.0], tune_steps=1, tune_rows=4, **small))
     base, filtered, tuned = (watch.models[name] for name in ("base", "filtered", "tuned-L-1"))
@@ -326,7 +332,7 @@ def test_the_controls(watch, tmp_path):
         assert rows(*splits) == watch.of(watch.made[name]) - rows("retain", **VAL)
         assert name == "filtered" or equal(watch.made[name].start, weights(base))
     watch.models.clear(), watch.revived.clear()
-    recontext.wrapped(recontext.Config(**TINY, env="lying", out=str(tmp_path), rounds=1, n=2,
+    revive_hack.main(revive_hack.Config(**TINY, env="lying", out=str(tmp_path), rounds=1, n=2,
                                        prompts=16, batch_size=16, seeds=1))
     (base, *tuned, filtered), names = watch.models.values(), [*watch.models]
     assert names == ["base", *("ei-n2-" + cell for cell in (
@@ -347,7 +353,7 @@ def test_asked_one_way_and_learned_another(watch, method):
 
     base, cfg = lively(GAME), recontext.Config(**TINY, rounds=2, prompts=16, batch_size=16, steps=1)
     cell = recontext.Cell(method, "discourage", "encourage", 4, kl=1.0)
-    model = recontext.trained(cell, cfg, GAME, (base, RECORD))
+    model = recontext.train_cell(cell, cfg, GAME, (base, RECORD))
     asked = [(of, idx) for of, idx, _, cache in watch.called if cache and idx.size(1) > 1]
     assert len(asked) == len(watch.fits) == (2 if method == "ei" else 1)
     assert all(of is model and contexts([idx]) == {"discourage"} for of, idx in asked)
