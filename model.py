@@ -7,9 +7,10 @@ Four plain ways in, for the scripts that look inside:
   model.residuals(idx)         the residual stream after the embedding and after every block
   model.blocks[i].head(h)      views of one attention head's weights
   model.blocks[i].units(js)    views of some MLP units' weights
-  model(idx, hook=hook)        hook(site, i, h) is given what block i computes and returns what the
-                               model is to go on with: "heads" (B, T, nh, hs) before proj, "units"
-                               (B, T, n_units) before down, "residual" (B, T, C) after the block
+  model(idx, hook=hook)        hook(site, i, h) receives h, which block i computed at a site, and
+                               returns what the model uses in its place. The sites are "heads"
+                               (B, T, nh, hs) before proj, "units" (B, T, n_units) before down, and
+                               "residual" (B, T, C) after the block
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from engine.disk import read_sealed, write_sealed
 from engine.streams import torch_stream
 
-LOGITS = 2**24          # most logits held at once (64 MB in float32): larger losses go by chunks
+LOGITS = 2**24          # most logits in memory at once (64 MB in float32); a loss works in chunks
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int          # as the tokenizer counts it; padded to a multiple of 64 inside only
+    vocab_size: int          # the tokenizer's; the model pads it to a multiple of 64 internally
     block_size: int = 64     # T: the longest sequence, prompt and answer together
     n_layer: int = 3
     n_head: int = 4
@@ -57,13 +58,14 @@ def rotate(x, cos, sin):
 
 
 def untouched(site, h):
-    """The hook of a block into which nobody looks."""
+    """The hook that changes nothing."""
     return h
 
 
 def attend(q, k, v):
-    """Causal attention of (B, nh, T, hs). torch's own, except in bf16 on a CPU, where its backward
-    is several times slower than three plain products, and more precise float32 twice as slow.
+    """Causal attention of (B, nh, T, hs). It is torch's own function, except in bf16 on a CPU.
+    There, its backward pass is several times slower than the plain products below. Casting to
+    float32 would be more precise, but takes twice as long.
     """
     T = q.size(2)
     if q.device.type != "cpu" or q.dtype == torch.float32 or T > 512:
@@ -116,27 +118,31 @@ class Block(nn.Module):
         return hook("residual", x + self.mlp(norm(x), hook))
 
     def head(self, h):
-        """Views of head h's weights: what it reads, (3, hs, C) for q, k and v, and writes, (C, hs).
+        """Views of head h's weights: those that read, (3, hs, C) for q, k and v, and those that
+        write, (C, hs).
 
-        h is an int or a slice (then (3, n, hs, C) and (C, n, hs)).
+        h is an int or a slice. For a slice of n heads, the shapes are (3, n, hs, C) and (C, n, hs).
         """
         C, n = self.attn.proj.in_features, self.attn.n_head
         return (self.attn.qkv.weight.view(3, n, C // n, C)[:, h],
                 self.attn.proj.weight.view(C, n, C // n)[:, h])
 
     def units(self, js):
-        """Views of MLP units js (a slice): what they read, (n, C), and what they write, (C, n)."""
+        """Views of the weights of MLP units js (a slice): those that read, (n, C), and those that
+        write, (C, n)."""
         return self.mlp.up.weight[js], self.mlp.down.weight[:, js]
 
 
 class KVCache:
     """Keys and values of every layer, for B rows of at most S tokens, allocated at first use.
 
-    Ragged prompts are padded on the left, so that all rows stand at the same column; `pad` (B,)
-    says how many columns of each row are padding. Rotary attention sees only distances, so a row's
-    columns serve as its positions. Where a row ends is a tensor, not a number, and a compiled step
-    looks at all S columns: to a compiler every step of decoding is the same. An eager step looks
-    at those that are filled.
+    Prompts of different lengths are padded on the left, so that all rows end at the same column;
+    `pad` (B,) says how many columns of each row are padding. Rotary attention depends on distances
+    only, so a row's columns serve as its positions.
+
+    The number of filled columns is a tensor, and a compiled step looks at all S columns. A compiler
+    therefore sees the same computation at every step of decoding. An eager step looks at the filled
+    columns only.
     """
 
     def __init__(self, S, pad):
@@ -146,14 +152,14 @@ class KVCache:
         self.end = torch.zeros((), dtype=torch.int64, device=pad.device)
 
     def start(self, T):
-        """Makes room for T more columns; returns their positions and builds the attention mask."""
+        """Makes room for T more columns, builds the attention mask, returns their positions."""
         columns = self.columns
         if not torch.compiler.is_compiling():
             self.filled += T
             columns = columns[:self.filled]
         self.rows = self.end + self.columns[:T]
         seen = columns <= self.rows[:, None]                                  # (T, S): no future
-        itself = columns == self.rows[:, None]         # a padding row sees itself: no empty softmax
+        itself = columns == self.rows[:, None]   # padding attends to itself: its softmax is defined
         mask = torch.where((seen & (columns >= self.pad)) | itself, 0.0, -torch.inf)  # (B, T, S)
         self.mask = mask[:, None]                                             # (B, 1, T, S)
         self.end = self.end + T
@@ -169,17 +175,18 @@ class KVCache:
         return k, v, self.mask.to(k.dtype)
 
     def repeat(self, n):
-        """From here on every row goes on n times over."""
+        """Copies every row n times; the copies stand next to each other."""
         self.kv = {layer: kv.repeat_interleave(n, 1) for layer, kv in self.kv.items()}
         self.pad = self.pad.repeat_interleave(n, 0)
 
 
 def sample(probabilities, generator):
-    """(B,) token ids from (B, V) by inversion: torch.multinomial draws a number for each token."""
+    """(B,) token ids from (B, V), by inversion. This draws one number for each row, whereas
+    torch.multinomial draws one for each token of the vocabulary."""
     reached = probabilities.cumsum(-1)
     uniform = torch.rand(len(reached), 1, generator=generator, device=reached.device)
     new = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)[:, 0]
-    return new.clamp(max=reached.size(-1) - 1)                       # a product may round up to 1
+    return new.clamp(max=reached.size(-1) - 1)          # rounding may put the number past the end
 
 
 class GPT(nn.Module):
@@ -197,10 +204,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """wte normal(0, .02); qkv and up uniform with std 1/sqrt(C); proj and down zero. They are
-        a function of the torch.Generator that is given.
+        """Draws all weights from a torch.Generator (None: from torch's global generator).
 
-        With both output projections at zero every block starts as the identity.
+        wte          normal(0, .02)
+        qkv, up      uniform, with standard deviation 1/sqrt(C)
+        proj, down   zero, so that every block starts as the identity
         """
         self.wte.weight.copy_(0.02 * torch.randn(self.wte.weight.shape, generator=generator))
         for block in self.blocks:
@@ -211,14 +219,14 @@ class GPT(nn.Module):
                 w.zero_()
 
     def clone(self):
-        """A model of its own with the same weights."""
+        """A new model with a copy of these weights."""
         copy = GPT(self.config).to(self.wte.weight)
         copy.load_state_dict(self.state_dict())
         return copy
 
     def rectangles(self, heads, units):
-        """[(matrix, index)]: the blocks' matrices, cut where each block's last `heads` heads and
-        its last `units` MLP units begin; qkv also between q, k and v."""
+        """[(matrix, index)]: pieces of the blocks' matrices. Each matrix is cut where the block's
+        last `heads` heads or its last `units` MLP units begin. qkv is also cut into q, k and v."""
         C, m = self.config.n_embd, self.config.n_units
         every, cut = slice(None), C - heads * C // self.config.n_head
         found = []
@@ -246,17 +254,18 @@ class GPT(nn.Module):
         return stream
 
     def unembed(self, x):
-        """Logits (..., vocab_size) of a residual (..., C); the vocabulary's padding is cut off."""
+        """Logits (..., vocab_size) of a residual (..., C), without the vocabulary's padding."""
         return F.linear(norm(x), self.wte.weight)[..., :self.config.vocab_size]
 
     def forward(self, idx, targets=None, criterion=cross_entropy, cache=None, residual=None,
                 hook=None):
-        """idx (B, T) int64 -> logits (B, T, V), or what is asked for instead:
+        """idx (B, T) int64 -> logits (B, T, V), unless one of these asks for something else:
 
-        targets    (B, T, ...): the mean over tokens, in float32, of criterion(logits, targets);
-                   (B, n, ...) with n < T: over the last n tokens of each row
-        criterion  (N, V) logits in float32 and (N, ...) targets -> their loss, the sum over rows
-        residual   an index into residuals(): that one, (B, T, C)
+        targets    (B, T, ...): returns the mean loss over tokens, computed in float32.
+                   (B, n, ...) with n < T: the mean is over the last n tokens of each row
+        criterion  the loss: a function of (N, V) logits in float32 and (N, ...) targets, which
+                   returns the sum over rows
+        residual   an index into residuals(): returns that residual, (B, T, C)
         hook       changes what blocks compute: see the top of this file
         """
         stream = self.residuals(idx, cache, hook)
@@ -272,21 +281,22 @@ class GPT(nn.Module):
         rows = max(LOGITS // self.config.vocab_size, 1)
         if len(x) <= rows:
             return loss(x, targets) / len(x)
-        # logits are the largest tensor by far: keep none, compute each chunk's again for backward
+        # Logits are by far the largest tensor. None are kept: backward recomputes each chunk's
         return sum(checkpoint(loss, *chunk, use_reentrant=False)
                    for chunk in zip(x.split(rows), targets.split(rows))) / len(x)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=0.0, stop=None, seed=0, compiled=False,
                  hook=None, samples=1):
-        """Continues every prompt, all rows at once, with a KV cache.
+        """Continues all prompts together, with a KV cache.
 
         prompts         list of B non-empty lists of token ids, of any lengths; or (B, T) int64
         temperature     0 is greedy; 1 samples from the model's own distribution
-        stop            token id: a row that emits it is filled with it from there on
+        stop            token id; a row that emits it is filled with it from there on
         hook            changes what blocks compute: see the top of this file
-        compiled        fuse the step of decoding: pays for long answers on a GPU (bench.py)
-        samples         answers to each prompt, which is read but once; they stand together
+        compiled        compile the decoding step; faster for long answers on a GPU (bench.py)
+        samples         answers to each prompt; they are next to each other in the result. The
+                        prompt is computed only once
         returns         (B * samples, max_new_tokens) int64
         raises          ValueError when the longest prompt and the answer exceed block_size
         """
@@ -308,7 +318,7 @@ class GPT(nn.Module):
         generator = torch_stream("tokens", seed, device=device)
         done = torch.zeros(B * samples, dtype=torch.bool, device=device)
 
-        def decode(idx):                                       # only the last column is unembedded
+        def decode(idx):                                       # unembeds the last column only
             return self.unembed(self.residuals(idx, cache, hook)[-1][:, -1]).float()    # (B, V)
 
         step = torch.compile(decode, dynamic=False, fullgraph=True) if compiled else decode
@@ -321,7 +331,7 @@ class GPT(nn.Module):
                 if samples > 1:
                     logits = logits.repeat_interleave(samples, 0)
                     cache.repeat(samples)
-            if temperature < 1e-3:                     # so near to greedy that dividing overflows
+            if temperature < 1e-3:                     # greedy: dividing by less could overflow
                 new = logits.argmax(-1)
             else:
                 new = sample((logits / temperature).softmax(-1), generator)
@@ -334,9 +344,9 @@ class GPT(nn.Module):
 
 
 def write_model(path, model, made_with, record, **more):
-    """Weights, config, steps, history and cost (of fit) to a file; all or nothing.
+    """Writes weights, config, and fit's steps, history and FLOPs to a file, all or nothing.
 
-    more   what a run that is not over needs besides, to go on from here: see train.fit
+    more   what an unfinished run also needs in order to continue: see train.fit
     """
     write_sealed(path, {
         "model": {k: v.detach().cpu() for k, v in model.state_dict().items()},
@@ -345,14 +355,15 @@ def write_model(path, model, made_with, record, **more):
 
 
 def read_model(path, device="cpu"):
-    """(GPT, the dict that write_model wrote). ValueError, in one line, if it is no such file."""
+    """(GPT, the dict that write_model wrote). Raises ValueError with a message of one line if the
+    file is missing or is not one of ours."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing: train.py, unlearn.py and undo.py make models")
     checkpoint = read_sealed(path, device)
     try:
         weights, config = checkpoint["model"], GPTConfig(**checkpoint["config"])
         if (len(weights), weights["wte.weight"].size(1)) != (1 + 4 * config.n_layer, config.n_embd):
-            raise ValueError                       # before a model of the wrong size takes memory
+            raise ValueError                       # fail before a wrong config allocates memory
         model = GPT(config).to(device)
         model.load_state_dict(weights)
         checkpoint["made_with"]["task"], checkpoint["flops"], checkpoint["history"]
@@ -364,7 +375,7 @@ def read_model(path, device="cpu"):
 
 
 def mlp(*sizes, bias=True):
-    """Linear layers with ReLU between them; bias: whether the last has one."""
+    """Linear layers with ReLU between them. bias: whether the last layer has a bias."""
     *pairs, last = zip(sizes, sizes[1:])
     return nn.Sequential(*(f for pair in pairs for f in (nn.Linear(*pair), nn.ReLU())),
                          nn.Linear(*last, bias=bias))

@@ -1,11 +1,12 @@
-"""UNDO: unlearn, noise, distil - forgetting that survives relearning (Lee et al. 2025).
+"""UNDO, or unlearn, noise, distil: forgetting that survives relearning (Lee et al. 2025).
 
     python undo.py                                  the whole story on arithmetic
     python undo.py --task=language --alphas=0.3,0.6,0.9
-    python undo.py --seeds=3                        the same for three seeds, mean and spread
+    python undo.py --seeds=3                        three seeds, with mean and spread
 
-Training on outputs suppresses a skill but leaves it in the weights. A student that starts from
-damaged weights and learns only what the unlearned teacher shows has nothing left to revive.
+Training on outputs suppresses a skill but leaves it in the weights. UNDO adds noise to the weights
+of a student, which damages the skill. The student then learns only what the unlearned teacher
+shows, so an attacker has little left to revive.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -37,20 +38,21 @@ from unlearn import imitate
 
 @dataclass
 class Config(AfterBase):
-    alphas: list[float] | None = knob(None, "UNDO's noise: 0 leaves the teacher, 1 nothing of it",
-                                      0, 1)
-    beta: float = knob(0.1, "size of the noise beside Xavier's", 0)
+    alphas: list[float] | None = knob(None, "UNDO's noise: 0 keeps the teacher, 1 replaces it by "
+                                      "noise", 0, 1)
+    beta: float = knob(0.1, "scale of the noise; 1 is Xavier's initialisation", 0)
     method: str | None = knob(None, "the teacher's unlearning method",
                               choices=["maxent", "graddiff", "rmu", "finetune"])
     unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
-    steps: int | None = knob(None, "distillation steps, at most (distilled: --filtered_steps); "
-                             "the rates fall over the last 80%", 1)
+    steps: int | None = knob(None, "most distillation steps (distilled: --filtered_steps); the "
+                             "rates fall over the last 80%", 1)
     batch_size: int | None = knob(None, "distillation: rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "distillation: AdamW's rate (the embedding)", 0, 1)
     muon_lr: float | None = knob(None, "distillation: Muon's rate (matrices); 0: AdamW", 0, 1)
-    tolerance: float = knob(0.05, "distil until retain is within this share of the teacher's", 0, 1)
-    check_every: int | None = knob(None, "steps between looks at the student's retain score "
+    tolerance: float = knob(0.05, "distil until the retain score is within this share of the "
+                            "teacher's", 0, 1)
+    check_every: int | None = knob(None, "steps between two looks at the student's retain score "
                                      "(at least 1% of --steps)", 1)
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
 
@@ -59,10 +61,11 @@ STORIES = dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, l
                muon_lr=0.02, check_every=10)
 STRINGS = dict(method="maxent", alphas=[0.3, 0.6], steps=600, batch_size=64, lr=2e-3,
                muon_lr=0.02, check_every=10)
-SETTINGS = {                                # by task: what auto knobs stand for
+SETTINGS = {                                # what auto knobs stand for, by task
     "arithmetic": dict(method="maxent", alphas=[0.3, 0.6], steps=300, batch_size=32, lr=6e-3,
                        muon_lr=0.02, check_every=5),
-    # Students of a MaxEnt teacher would start at ln V on forget data, far above the filtered model.
+    # A student of a MaxEnt teacher would start at a forget loss of ln V, far above the filtered
+    # model's.
     "language": dict(method="graddiff", alphas=[0.6, 0.7], steps=300, batch_size=32, lr=6e-3,
                      muon_lr=0.02, check_every=5),
     "tinystories": STORIES, "bilingual": STORIES, "instruct": STORIES,
@@ -71,11 +74,11 @@ SETTINGS = {                                # by task: what auto knobs stand for
 
 @torch.no_grad()
 def noise(model, alpha, beta, generator):
-    """theta <- (1 - alpha) theta + alpha beta N, in place, over every parameter.
+    """theta <- (1 - alpha) theta + alpha beta N, in place, for every parameter.
 
     N is Xavier-uniform for matrices, U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), and 0 for
-    vectors (Lee et al. 2025, section 4). It must be independent of what the model began with: a
-    generator that its initialisation was drawn from would add a multiple of that.
+    vectors (Lee et al. 2025, section 4). N must be independent of the model's initial weights. If
+    the same generator had drawn both, N would be a multiple of the initial weights.
     """
     for p in model.parameters():
         N = torch.zeros(p.shape)
@@ -85,10 +88,12 @@ def noise(model, alpha, beta, generator):
 
 
 def distil(student, teacher, task, cfg, name, checkpoint=None):
-    """Forward KL(teacher || student) on the unlabelled mix until the student's retain score is
-    within cfg.tolerance of the teacher's, both on held-out data that is not reported; under labels,
-    on what is labelled retain. Batches are drawn anew from the training rows, not those of base's
-    pretraining. Returns fit's record, every teacher forward counted.
+    """Trains the student on forward KL(teacher || student) over the unlabelled mix. Training stops
+    once the student's retain score is within cfg.tolerance of the teacher's. Both scores are on
+    held-out data that is not reported; if the task is labelled, on rows labelled retain.
+
+    Batches are drawn from the training rows by a stream of their own, so they are not the batches
+    of base's pretraining. Returns fit's record, which counts the teacher's forward passes.
     """
     with torch.no_grad(), autocast(cfg):
         goal = task.score(teacher, ("retain",), "val")["retain"]
@@ -106,17 +111,19 @@ def distil(student, teacher, task, cfg, name, checkpoint=None):
     if not task.within(record["history"][-1]["retain"], goal, cfg.tolerance):
         print(f"{name}: stopped after {cfg.steps} steps at retain "
               f"{record['history'][-1]['retain']:.3f}, short of {1 - cfg.tolerance:.0%} of the "
-              f"teacher's {goal:.3f}: --steps gives it longer")
+              f"teacher's {goal:.3f}: give more --steps")
     return record
 
 
 def undo(alpha, cfg, task, teacher, teacher_record, folder=""):
-    """(student, record) of UNDO at a noise level, from disk or made. alpha None: Unlearn-and-
-    Distill, from a fresh initialisation. FLOPs are the teacher's own and the distillation's.
-    folder: where it is kept among a seed's models.
+    """(student, record) of UNDO at a noise level, read from disk or made.
+
+    alpha    None means Unlearn-and-Distill: the student starts from a fresh initialisation
+    folder   where the model is kept among a seed's models
+    The record's FLOPs are the teacher's plus the distillation's.
     """
     name = "distilled" if alpha is None else f"undo-{alpha:g}"
-    if alpha is None:                                    # as long as a pretraining, for that it is
+    if alpha is None:                # a fresh student needs as many steps as pretraining
         cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
 
     def make(checkpoint):
@@ -138,14 +145,14 @@ def undo(alpha, cfg, task, teacher, teacher_record, folder=""):
 
 
 def spent_until(retain, gold, task):
-    """FLOPs of the filtered run (its record) when it first was as good on retain data; if it never
-    was, all of them."""
+    """FLOPs that the filtered run (gold, a record) had spent when its retain score first was at
+    least as good as `retain`; all of its FLOPs if it never was."""
     return next((h["flops"] for h in gold["history"] if task.within(h["retain"], retain, 0.0)),
                 gold["flops"])
 
 
 def resolved(cfg):
-    """cfg, its auto knobs filled; those of the teacher are unlearn.py's."""
+    """cfg, with its auto knobs filled. The teacher's are those of unlearn.py."""
     cfg = fill(cfg, SETTINGS)
     return fill_attack(fill(cfg, unlearn.SETTINGS.get(cfg.method, {}), "unlearn_"))
 
@@ -158,7 +165,7 @@ def make_teacher(cfg, task, base, base_record, folder=""):
 
 
 def story(cfg, task):
-    """Makes every model, attacks it, and returns its rows (see docs/rows.md)."""
+    """Makes and attacks every model, and returns its row (see docs/rows.md)."""
     base, filtered = foundations(cfg, task)
     models = {"base": base, "filtered": filtered}
     models[cfg.method] = teacher = make_teacher(cfg, task, *base)
@@ -175,7 +182,7 @@ def story(cfg, task):
             before = task.score(model, finer=True)
         worst = relearn(model, task, cfg, name)["worst"]
         flops = 0 if name == "base" else record["flops"]
-        retain = record["history"][-1]["retain"]            # as the filtered run was scored too
+        retain = record["history"][-1]["retain"]            # comparable with the filtered run's
         rows.append({"model": name, "seed": cfg.seed} | before | attacked(worst) | {
             "flops": flops, "compute_pct": 100 * flops / gold["flops"],
             "compute_pct_matched": 100 * flops / spent_until(retain, gold, task)})
@@ -190,7 +197,7 @@ def story(cfg, task):
 
 
 def columns(rows):
-    """{column of the table: the figure of a row, digits}: see over_seeds."""
+    """{column of the table: (figure of a row, digits) or a function of a row}: see over_seeds."""
     flat = {k: (k, 0 if k.startswith("compute") else 2) for k in (
         "retain", "forget", "forget_heldout_pairs", "compute_pct", "compute_pct_matched",
         "robustness_mean") if k in rows[0]}
@@ -200,7 +207,7 @@ def columns(rows):
 
 
 def draw(axes, rows, task, cfg):
-    """Left: relearning curves; dotted: on pairs never shown. Right: robustness against compute."""
+    """Left: relearning curves, dotted on pairs never shown. Right: robustness against compute."""
     names = list(dict.fromkeys(row["model"] for row in rows))
 
     def of(name, figure):
@@ -221,7 +228,7 @@ def draw(axes, rows, task, cfg):
     if all(y is not None for _, y in points):
         points = [(x, 100 * y) for x, y in points]
         axes[1].plot(*zip(*points), marker="o", label="UNDO, by alpha")
-        for i, (name, point) in enumerate(zip(students, points)):  # neighbours to left and right
+        for i, (name, point) in enumerate(zip(students, points)):   # labels alternate their side
             left = i % 2 == 1 and name != "distilled"
             axes[1].annotate(name.replace("undo-", "alpha "), point, ha="right" if left else "left",
                              textcoords="offset points", xytext=(-8, 6) if left else (2, -18))

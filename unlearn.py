@@ -1,11 +1,11 @@
-"""Post-hoc unlearning: make a trained model forget. One loss function a method.
+"""Post-hoc unlearning: make a trained model forget. Each method is one loss function.
 
     python unlearn.py                              MaxEnt, then the relearning attack
     python unlearn.py --method=graddiff --lr=sweep
     python unlearn.py --method=all                 every method in one table
 
-Every method suppresses the skill, and each is undone in a few steps of relearning: that is the
-finding to see here (Lee et al. 2025, section 3). undo.py makes the forgetting stick.
+Every method suppresses the skill, but a few steps of relearning bring it back. This is the finding
+to see here (Lee et al. 2025, section 3). undo.py makes the forgetting last.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -51,30 +51,32 @@ class Config(AfterBase):
                        choices=["maxent", "graddiff", "rmu", "oracle", "finetune", "all"])
     steps: int | None = knob(None, "unlearning steps", 1)
     batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2, 2**31)
-    lr: float | str | None = knob(None, "AdamW's rate; L, M or S: the task's own large, medium, "
-                                  "small; sweep: the most forgetting whose retain score stays "
-                                  "within 2% of base's", 0, 1, ["sweep", "L", "M", "S"])
+    lr: float | str | None = knob(None, "AdamW's rate; L, M or S: the task's large, medium or "
+                                  "small rate; sweep: the rate that forgets most and keeps the "
+                                  "retain score within 2% of base's", 0, 1,
+                                  ["sweep", "L", "M", "S"])
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
     retain_weight: float | None = knob(None, "weight of the retain term, w in the losses", 0)
-    layer: int | None = knob(None, "rmu: the block whose output is steered (auto: the middle)", 1)
-    mix: float = knob(0.0, "finetune: share of its rows from the pretraining mix", 0, 0.9)
-    c_tr: float = knob(0.0, "finetune, pcfg: share of the other rows in which the spurious rule "
+    layer: int | None = knob(None, "rmu: block whose output is steered (auto: the middle one)", 1)
+    mix: float = knob(0.0, "finetune: share of rows from the pretraining mix", 0, 0.9)
+    c_tr: float = knob(0.0, "finetune on pcfg: share of the other rows in which the spurious rule "
                        "#b = #a + 1 holds", 0, 1)
-    steer: float = knob(4.0, "rmu: length of the steering vector, in lengths of the residual", 0)
+    steer: float = knob(4.0, "rmu: length of the steering vector, in units of the residual's", 0)
 
 
 def kl(teacher_logits, logits):
-    """Forward KL(teacher || student) at T = 1, in nats: the sum over rows of (N, V) logits."""
+    """Forward KL(teacher || student) at temperature 1, in nats: the sum over rows of (N, V) logits.
+    """
     return F.kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True,
                     reduction="sum")
 
 
 def imitate(model, teacher, idx, n=None):
-    """Mean over tokens (B, T) of KL(teacher || model), the teacher's gradients left out.
+    """Mean over tokens (B, T) of KL(teacher || model). The teacher gets no gradient.
 
-    n   if given: over the last n tokens of each row, where the others are no targets
+    n   if given, the mean is over the last n tokens of each row, because the others are no targets
 
-    The teacher's part in it is its last residual: logits are made where they are compared.
+    Only the teacher's last residual is kept. Its logits are computed chunk by chunk, in criterion.
     """
     def criterion(logits, x):
         with torch.no_grad():
@@ -106,8 +108,10 @@ def maxent(model, forget, retain, reference, cfg):
 def rmu(model, forget, retain, reference, cfg):
     """Representation misdirection (Li et al. 2024): |h(forget) - c u|^2 + w |h(retain) - h0|^2.
 
-    h (B, T, C) is the residual after block cfg.layer, h0 the base's, u a fixed random unit vector,
-    c cfg.steer lengths of h0; both terms are in units of h0's length.
+    h (B, T, C)   the residual after block cfg.layer; h0 is that of the base model
+    u             a fixed random unit vector
+    c             cfg.steer times the mean length of h0
+    Both terms are measured in units of h0's mean length.
     """
     layer = cfg.layer or (reference.config.n_layer + 1) // 2
     u = torch.rand(reference.config.n_embd, generator=torch_stream("steering vector", cfg.seed))
@@ -121,14 +125,14 @@ def rmu(model, forget, retain, reference, cfg):
 
 
 def finetune(model, forget, retain, reference, cfg):
-    """CE(retain) alone: hopes that what is not practised fades. cfg.mix and cfg.c_tr: see
+    """CE(retain) alone: a skill that is not practised may fade. For cfg.mix and cfg.c_tr, see
     retain_shares."""
     return model(*retain)
 
 
 def oracle(model, forget, retain, reference, cfg):
-    """KL(filtered || model) on the unlabelled mix: the best that training on outputs can do, a
-    model that behaves as though it had never seen the data (Lee et al. 2025, section 3).
+    """KL(filtered || model) on the unlabelled mix. This is the best that training on outputs can
+    do: a model that behaves as if it had never seen the data (Lee et al. 2025, section 3).
     """
     return imitate(model, reference, torch.cat((forget[0], retain[0])), forget[1].size(1))
 
@@ -137,37 +141,39 @@ LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
 
 
 def rate(cfg):
-    """cfg.lr; a number where it is L, M or S, if the task names its rates."""
+    """cfg.lr, with L, M or S replaced by the task's rate. BadInput if the task has no such rate."""
     if cfg.lr not in ("L", "M", "S"):
         return cfg.lr
     named = RATES.get(cfg.task, {})
     if cfg.lr not in named:
-        raise BadInput(f"--lr={cfg.lr}: the task {cfg.task} names " + (
-            f"{', '.join(named)} only" if named else "no rates, give a number"))
+        raise BadInput(f"--lr={cfg.lr}: the task {cfg.task} has " + (
+            f"only {', '.join(named)}" if named else "no named rates: give a number"))
     return named[cfg.lr]
 
 
 def retain_shares(cfg, task):
-    """{split: share} of the rows that a method is to retain: of retain alone, but for finetune
-    (Jain et al. 2023, section 4: other data mixed in, a spurious rule in some of it)."""
+    """{split: share} of the rows that a method retains. All are from the split retain, except for
+    finetune: it can mix in other data, and rows in which a spurious rule holds (Jain et al. 2023,
+    section 4)."""
     mix, c_tr = (cfg.mix, cfg.c_tr) if cfg.method == "finetune" else (0, 0)
     if c_tr and task.name != "pcfg":
-        raise BadInput(f"--c_tr={c_tr:g} means nothing to the task {task.name}: pcfg has the "
+        raise BadInput(f"--c_tr={c_tr:g} means nothing to the task {task.name}: only pcfg has the "
                        f"spurious rule")
     shares = {"retain": (1 - mix) * (1 - c_tr), "spurious": (1 - mix) * c_tr, "all": mix}
     return {split: share for split, share in shares.items() if share}
 
 
 def sweep(cfg, task, base, attempt):
-    """The attempt(lr) with the highest forget loss whose retain score stays within 2% of base's.
+    """(model, record) of the best attempt(lr). It has the highest forget loss among those that keep
+    the retain score within 2% of base's; if none does, among all.
 
-    All attempts are paid for: the record's FLOPs are their sum.
+    The record's FLOPs are the sum over all attempts.
     """
     with autocast(cfg):
         retain = task.score(base, ("retain",), "val")["retain"]
     tried = []
     for lr in cfg.sweep:
-        model, record = attempt(lr)              # outside autocast: fit() has its own
+        model, record = attempt(lr)              # outside autocast, because fit() sets its own
         kept = task.within(record["history"][-1]["retain"], retain, 0.02)
         with autocast(cfg):
             tried.append((kept, task.loss(model, "forget", 64, "val"), lr, model, record))
@@ -178,10 +184,12 @@ def sweep(cfg, task, base, attempt):
 
 
 def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, folder=""):
-    """(model, record) of base after cfg.method, from disk or made; oracle needs the filtered model.
+    """(model, record) of base after cfg.method, read from disk or made. The oracle needs the
+    filtered model.
 
-    folder   where it is kept among a seed's models: "labels-50/"
-    The record's FLOPs are all that was spent after base exists; the oracle's include filtered's.
+    folder   where the model is kept among a seed's models, for example "labels-50/"
+    The record's FLOPs are those spent after pretraining base. The oracle's include the filtered
+    model's.
     """
     cfg = fill(cfg, SETTINGS.get(cfg.method, {}))
     if cfg.layer and cfg.layer > base.config.n_layer:
@@ -225,14 +233,14 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
 
 
 def resolved(cfg, method):
-    """cfg for one method, its auto knobs filled."""
+    """cfg for one method, with its auto knobs filled."""
     return fill_attack(fill(dataclasses.replace(cfg, method=method), SETTINGS.get(method, {})))
 
 
 def main(cfg):
     task = open_task(cfg)
     given = [resolved(cfg, m) for m in (LOSSES if cfg.method == "all" else [cfg.method])]
-    for each in given:                           # what is wrong is said before anything is made
+    for each in given:                           # reports wrong input before anything is made
         rate(each)
         retain_shares(each, task)
     base, filtered = foundations(given[0], task)
