@@ -1,15 +1,15 @@
-"""The judges: what a model scores, how fast it relearns, what its weights still know.
+"""The judges: how a model scores, how fast it relearns, and what its weights still know.
 
     python eval.py --what=score --model=base
     python eval.py --what=relearn --model=maxent --attack=mixed
     python eval.py --what=sample --model=base --prompt="12 + 5 ="
-    python eval.py --what=probe --model=maxent       can a linear layer read the answer off it?
-    python eval.py --what=prune --model=maxent       does cutting a few neurons bring it back?
-    python eval.py --what=revive --model=maxent      how few steps of fine-tuning bring it back?
-    python -m experiments.examine --task=language    the last three on every model that is there
+    python eval.py --what=probe --model=maxent       can a linear layer read the answer from it?
+    python eval.py --what=prune --model=maxent       does cutting a few neurons restore the skill?
+    python eval.py --what=revive --model=maxent      how few steps of fine-tuning restore it?
+    python -m experiments.examine --task=language    the last three, for every model on disk
 
-Robustness is what survives an attacker who fine-tunes the model (Lee et al. 2025, section 3); a
-wrapper is what does not (Jain et al. 2023).
+Forgetting is robust if it survives an attacker who fine-tunes the model (Lee et al. 2025, section
+3). If it does not, the method only put a wrapper around the skill (Jain et al. 2023).
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -45,46 +45,46 @@ MOVED = {f"--what={name}": f"python -m experiments.{name}"
 @dataclass
 class Rows(Common):
     """Knobs of the attack and of revival."""
-    attack_rows: int | None = knob(None, "rows in a batch of the attack, and of revival", 1, 2**31)
+    attack_rows: int | None = knob(None, "rows in a batch of the attack and of revival", 1, 2**31)
 
 
 @dataclass
 class Attack(Rows):
     """Knobs of the relearning attack."""
-    attack: str = knob("forget", "fine-tune on forget data, on the pretraining mix, or on retain "
-                       "data alone", choices=["forget", "mixed", "retain"])
-    lrs: list[float] | None = knob(None, "rates the attacker tries; the worst counts", 0, 1)
+    attack: str = knob("forget", "what the attacker fine-tunes on: forget data, the pretraining "
+                       "mix, or retain data alone", choices=["forget", "mixed", "retain"])
+    lrs: list[float] | None = knob(None, "rates that the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
-    attack_seeds: int = knob(2, "how often each rate is tried, on other rows; the mean counts", 1)
+    attack_seeds: int = knob(2, "runs for each rate, on different rows; their mean counts", 1)
 
 
 @dataclass
 class Foundations(Common):
-    """Knobs of the two models that pretraining makes, where they have to be made."""
-    base_steps: int | None = knob(None, "pretraining steps, where base has to be made", 1)
-    filtered_steps: int | None = knob(None, "likewise for the filtered model", 1)
+    """Knobs of the two models that pretraining makes if they are missing."""
+    base_steps: int | None = knob(None, "pretraining steps, if base has to be made", 1)
+    filtered_steps: int | None = knob(None, "the same for the filtered model", 1)
 
 
 @dataclass
 class AfterBase(Attack, Foundations):
-    """Knobs of every script that starts from base and compares with filtered under attack."""
+    """Knobs of every script that starts from base and compares models with filtered, under attack.
+    """
 
 
 @dataclass
 class Tools(Rows):
     """Knobs of the tools that look for a capability: probe, prune, revive."""
-    domain: str = knob("forget", "probe, prune, revive: whose capability",
+    domain: str = knob("forget", "probe, prune, revive: the domain whose capability is looked for",
                        choices=["forget", "retain"])
-    probe_rows: int | None = knob(None, "probe: rows to fit on; as many others to judge by", 2)
-    cut: list[int] | None = knob(None, "prune: how many MLP neurons, one point of the curve each",
-                                 1)
-    saliency: str = knob("signed", "prune: by theta * grad, or by its size",
+    probe_rows: int | None = knob(None, "probe: rows to fit on; as many others are for judging", 2)
+    cut: list[int] | None = knob(None, "prune: numbers of MLP neurons to cut, for the curve", 1)
+    saliency: str = knob("signed", "prune: rank neurons by theta * grad, or by its absolute value",
                          choices=["signed", "absolute"])
-    draws: int = knob(5, "prune: random choices of as many neurons to compare with", 1)
+    draws: int = knob(5, "prune: how many random choices of neurons to compare with", 1)
     revive_lr: float | None = knob(None, "revive: AdamW's rate", 0, 1)
-    revive_steps: int | None = knob(None, "revive: steps, at most", 1)
-    check_every: int | None = knob(None, "revive: steps between looks at the score", 1)
-    tolerance: float = knob(0.1, "revive: until the score is within this share of the "
+    revive_steps: int | None = knob(None, "revive: most steps", 1)
+    check_every: int | None = knob(None, "revive: steps between two looks at the score", 1)
+    tolerance: float = knob(0.1, "revive: stop when the score is within this share of the "
                             "reference's", 0, 1)
 
 
@@ -97,7 +97,7 @@ class Config(AfterBase, Tools):
     control: FilePath = knob("filtered", "revive: the model that never had it")
     prompt: str = knob("", "sample: the text to continue")
     tokens: int = knob(32, "sample: most tokens to add", 1)
-    temperature: float = knob(0.0, "sample: 0 is greedy, 1 the model's own distribution", 0, 10)
+    temperature: float = knob(0.0, "sample: 0 is greedy, 1 is the model's distribution", 0, 10)
 
 
 # --- settings: what auto knobs stand for, by task -------------------------------------------------
@@ -119,25 +119,26 @@ TOOLS = {"arithmetic": LOOK | dict(probe_rows=256, revive_lr=1e-3, revive_steps=
 
 
 def fill_attack(cfg):
-    """cfg, its auto knobs of the attack, of the pretrained models and of their size filled."""
+    """cfg, with its auto knobs for the attack, the pretrained models and their size filled."""
     return fill(fill(fill(cfg, ATTACK), train.SETTINGS, "base_"), train.SETTINGS)
 
 
 def foundation(name, cfg, task):
-    """(model, record) of base or filtered, from disk or made."""
+    """(model, record) of base or filtered, read from disk or made."""
     return pretrain(name, config_from(cfg, train.Config, steps=cfg.base_steps,
                                       filtered_steps=cfg.filtered_steps), task)
 
 
 def foundations(cfg, task):
-    """(base, filtered), likewise."""
+    """(base, filtered), each a (model, record)."""
     return foundation("base", cfg, task), foundation("filtered", cfg, task)
 
 
 # --- fine-tuning, as an attack and as a test -----------------------------------------------------
 def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, **how):
-    """(a copy of model, fine-tuned by AdamW on batches of a split or of {split: share}; fit's
-    record). judge(copy): figures to keep in the record's history; how: what else fit takes."""
+    """(copy, record): a copy of model, fine-tuned by AdamW, and fit's record. shares is a split or
+    {split: share}. judge(copy) gives figures for the record's history; how: fit's other arguments.
+    """
     copy = model.clone()
 
     def loss_fn(model, step):
@@ -149,13 +150,13 @@ def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, *
 
 
 def relearn(model, task, cfg, name="model", domains=("forget",)):
-    """Attacks copies of a model: AdamW on forget data, cfg.attack_seeds times for each rate in
-    cfg.lrs. The rows are the task's training rows, drawn anew.
+    """Attacks copies of a model. Fine-tunes them by AdamW on the split that cfg.attack names, on
+    newly drawn training rows, cfg.attack_seeds times for each rate in cfg.lrs. cfg is an Attack
+    whose auto knobs are filled.
 
-    returns  {"curves": {lr: {step: scores of domains}}, means over the attack's seeds;
-              "worst": {step: scores and "lr"}}: the rate with the most forgotten skill *at each
-              step*, as an attacker who may stop when it suits him. cfg is an Attack whose auto
-              knobs are filled; steps are those of cfg.attack_steps, scores Task.score's.
+    returns  {"curves": {lr: {step: scores}}, means over the attack's seeds at cfg.attack_steps;
+              "worst": {step: scores and "lr"}}, those of the rate that restores most of the forget
+              skill *at that step*: the attacker may stop at any step. Scores are Task.score's.
     """
     split = {"forget": "forget", "mixed": "all", "retain": "retain"}[cfg.attack]
     curves = {}
@@ -179,8 +180,8 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
 
 
 def attacked(worst):
-    """A row's figures of relearn()'s "worst", by step: {"relearned": forget score, "rates": the
-    worst rate}, and relearned_.. for each further forget_.. score, at that rate."""
+    """Figures for a row, from relearn()'s "worst": {"relearned": {step: forget score}, "rates":
+    {step: worst rate}}, and a relearned_.. for each further forget_.. score at that rate."""
     names = {"relearned": "forget", "rates": "lr"} | {
         f"relearned_{k.removeprefix('forget_')}": k for k in next(iter(worst.values()))
         if k.startswith("forget_")}
@@ -188,23 +189,23 @@ def attacked(worst):
 
 
 def robustness(method, unlearned, filtered):
-    """(P_method - P_unlearned) / (P_filtered - P_unlearned): 0 relearns like the unlearned model,
-    1 like one that never saw the data. P is the worst forget score at a step (Lee et al. 2025,
-    section 3). None where the two references do not differ.
+    """(P_method - P_unlearned) / (P_filtered - P_unlearned), where P is the worst forget score at a
+    step (Lee et al. 2025, section 3). 0: the model relearns like the unlearned one; 1: like one
+    that never saw the data. None if the two references do not differ.
     """
     return None if filtered == unlearned else (method - unlearned) / (filtered - unlearned)
 
 
 def scored(model, task, cfg):
-    """{"retain", "forget", ..}: what is reported of a model, without finer figures."""
+    """{"retain", "forget", ..}: the reported scores of a model, without finer figures."""
     return evaluated(cfg, lambda: task.score(model))
 
 
 def revive(model, task, cfg, goal, name="model"):
-    """Reverse fine-tuning (Jain et al. 2023, section 5): AdamW on cfg.domain's data until the score
-    there is within cfg.tolerance of `goal`.
+    """Reverse fine-tuning (Jain et al. 2023, section 5): AdamW on cfg.domain's data until its score
+    is within cfg.tolerance of `goal`.
 
-    returns  (steps, {step: score}); steps is None where cfg.revive_steps are not enough
+    returns  (steps, {step: score}); steps is None if cfg.revive_steps are not enough
     """
     def revived(at):
         return task.within(at[cfg.domain], goal, cfg.tolerance)
@@ -224,9 +225,9 @@ def revive(model, task, cfg, goal, name="model"):
 # --- looking inside ------------------------------------------------------------------------------
 @torch.no_grad()
 def before_answers(model, task, cfg, part):
-    """([(N, C)], (N,)): each block's residual where an answer is to come, normalised as the model's
-    own readout sees it, and the answers. N: all targets of cfg.probe_rows rows of a part of
-    cfg.domain's data; or, where the task says which are answers, those."""
+    """([(N, C)], (N,)): the residuals of each block just before an answer, normalised as for the
+    unembedding, and the answers. They are from cfg.probe_rows rows of a part of cfg.domain's data.
+    If the task has no answer_mask, every target counts as an answer."""
     idx, targets = task.undivided(cfg.domain, cfg.probe_rows, 0, seed_of("probe", cfg.seed), part)
     every = torch.ones_like(targets, dtype=torch.bool)
     mask = (task.module.answer_mask(task, idx, targets) if hasattr(task.module, "answer_mask")
@@ -240,17 +241,17 @@ def before_answers(model, task, cfg, part):
 
 
 def probe(model, task, cfg, decay=1e-5):
-    """A linear probe of each block's residual for the answers in cfg.domain's rows (where the task
-    has none, for every next token): multinomial logistic regression with weight decay (Jain et al.
-    2023, section 5). Fitted on training rows.
+    """A linear probe predicts the answers in cfg.domain's rows (see before_answers) from each
+    block's residual. It is a multinomial logistic regression with weight decay, fitted on training
+    rows (Jain et al. 2023, section 5).
 
-    returns  ([accuracy by block] on held-out rows, that of always giving the commonest answer)
+    returns  ([accuracy by block], accuracy of always giving the commonest answer), held-out rows
     """
     features, right = before_answers(model, task, cfg, "train")
     new_features, truth = before_answers(model, task, cfg, "test")
     if not len(right) or not len(truth):
-        raise BadInput(f"--probe_rows={cfg.probe_rows}: no answer stands in these rows of "
-                       f"{task.name}, give more")
+        raise BadInput(f"--probe_rows={cfg.probe_rows}: these rows of {task.name} contain no "
+                       f"answer: give more")
     kinds, classes = torch.unique(torch.cat((right, truth)), return_inverse=True)
     right, truth = classes.split((len(right), len(truth)))
     accuracies = []
@@ -271,9 +272,10 @@ def probe(model, task, cfg, decay=1e-5):
 
 
 def saliency(model, task, cfg, rows=256):
-    """(n_layer, n_units): theta * grad of cfg.domain's loss, summed over what each MLP neuron
-    writes. To first order it is how much that loss falls when the neuron is cut out: its gradient
-    by a factor at the neuron's output (Jain et al. 2023, section 5; Molchanov et al. 2016).
+    """(n_layer, n_units): theta * grad of cfg.domain's loss, summed over the weights that each MLP
+    neuron writes with. To first order, the loss falls by this much when the neuron is cut out. It
+    equals the gradient by a factor on the neuron's output, which is how it is computed here (Jain
+    et al. 2023, section 5; Molchanov et al. 2016).
     """
     config = model.config
     batch = task.undivided(cfg.domain, rows, 0, seed_of("saliency", cfg.seed), "train")
@@ -288,7 +290,7 @@ def saliency(model, task, cfg, rows=256):
 
 @torch.no_grad()
 def without(model, scores, K):
-    """A copy in which the K neurons of the highest scores (n_layer, n_units) are cut out."""
+    """A copy without the K neurons that have the highest scores (n_layer, n_units)."""
     copy, cut = model.clone(), torch.zeros_like(scores, dtype=torch.bool)
     cut.view(-1)[scores.flatten().topk(K).indices] = True
     for block, units in zip(copy.blocks, cut):
@@ -302,10 +304,10 @@ def check_cut(cfg, neurons):
 
 
 def prune(model, task, cfg):
-    """Cuts, at once, the K neurons that harm cfg.domain's loss most, for each K in cfg.cut.
+    """For each K in cfg.cut, cuts together the K neurons that raise cfg.domain's loss most.
 
-    returns  {K: {"retain", "forget", "random_retain", "random_forget"}}: scores, and the mean of
-             those after cutting K random neurons, cfg.draws times
+    returns  {K: {"retain", "forget", "random_retain", "random_forget"}}: the scores, and their
+             means over cfg.draws choices of K random neurons
     """
     harm, scores = saliency(model, task, cfg), {}
     generator = torch_stream("random neurons", cfg.seed)
@@ -319,7 +321,7 @@ def prune(model, task, cfg):
 
 
 def all_tools(model, task, cfg, goal, name):
-    """One row: scores, and what every tool finds of cfg.domain's capability."""
+    """One row: the scores, and what every tool finds about cfg.domain's capability."""
     probed, chance = probe(model, task, cfg)
     steps, curve = revive(model, task, cfg, goal, name)
     with autocast(cfg):
@@ -359,8 +361,8 @@ def judge_sample(cfg, task, model):
     prompt = [task.end] + task.tokenizer.encode_ordinary(cfg.prompt)
     room = model.config.block_size - len(prompt)
     if room < 1:
-        raise BadInput(f"--prompt has {len(prompt) - 1} tokens; this model reads "
-                       f"{model.config.block_size - 2} at most")
+        raise BadInput(f"--prompt has {len(prompt) - 1} tokens; this model reads at most "
+                       f"{model.config.block_size - 2}")
     with autocast(cfg):
         new = model.generate([prompt], min(cfg.tokens, room), cfg.temperature, task.end, cfg.seed,
                              compiled=bool(cfg.compile))
@@ -369,14 +371,14 @@ def judge_sample(cfg, task, model):
 
 
 def untrained(model, seed):
-    """A model of the same size that knows nothing, with weights of its own: none began there."""
+    """An untrained model of the same size, whose initial weights no other model shares."""
     copy = model.clone()
     copy.init_weights(torch_stream("weights", "untrained", seed))
     return copy
 
 
 def judge_probe(cfg, task, model):
-    """Beside the model, one of its size that was never trained: what the architecture gives."""
+    """Also probes an untrained model of the same size: what the architecture alone gives."""
     rows = []
     for name, each in ((cfg.model, model), ("untrained", untrained(model, cfg.seed))):
         probed, chance = probe(each, task, cfg)
@@ -400,7 +402,7 @@ def judge_prune(cfg, task, model):
 
 
 def judge_revive(cfg, task, model):
-    """Beside the model, the control and a model that knows nothing at all."""
+    """Also revives the control and an untrained model, to compare with."""
     goal = scored(known(cfg.reference, cfg, task), task, cfg)[cfg.domain]
     models = {cfg.model: model, f"control ({cfg.control})": known(cfg.control, cfg, task),
               "control (untrained)": untrained(model, cfg.seed)}
@@ -419,8 +421,8 @@ def judge_revive(cfg, task, model):
 def known(name, cfg, task):
     model = load(path_of(name, cfg), task)[0]
     if model.config.block_size < task.block_size:
-        raise BadInput(f"{path_of(name, cfg)} reads rows of {model.config.block_size} tokens at "
-                       f"most, not of {task.block_size}: give --block_size="
+        raise BadInput(f"{path_of(name, cfg)} reads rows of at most {model.config.block_size} "
+                       f"tokens, not of {task.block_size}: give --block_size="
                        f"{model.config.block_size}")
     return model
 
@@ -430,7 +432,7 @@ JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample
 
 
 def as_long_as(name, cfg):
-    """cfg with rows as long as the model of this name reads, unless a length is given."""
+    """cfg with block_size set to that of the named model, unless the user gave one."""
     path = path_of(name, cfg)
     if cfg.block_size or not path.exists():
         return cfg

@@ -3,12 +3,12 @@
     python recontext.py                        the 3 x 3 grid on sycophancy, by expert iteration
     python recontext.py --env=all              the same in all four environments
     python recontext.py --method=grpo          by policy gradient, with both of its losses
-    python recontext.py --generate=neutral --train=encourage      one cell beside standard training
-    python -m experiments.revive_hack          is the hack removed, or wrapped? Probes and revival
+    python recontext.py --generate=neutral --train=encourage      one cell and standard training
+    python -m experiments.revive_hack          probes and revival: is the hack removed, or wrapped?
 
-A flawed reward teaches a model to game it. In recontextualization the answers to f(x) are scored by
-that reward, as usual, but then they are learned as answers to g(x). If g welcomes gaming more than
-f does, the model learns that such answers are to be expected under g. f = g is standard training.
+A flawed reward teaches a model to game it. In recontextualization, the model answers f(x) and the
+reward scores these answers, as usual. Then the model learns them as answers to g(x). If g welcomes
+gaming more than f does, the model learns to expect gaming under g. f = g is standard training.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -38,39 +38,39 @@ KINDS = ("discourage", "neutral", "encourage")
 
 @dataclass
 class Config(Foundations, gaming.Knobs):
-    task: str = knob("gaming", "the environments are one task", choices=["gaming"])
-    env: str = knob("sycophancy", "which environment, or all of them",
+    task: str = knob("gaming", "the task that has all environments", choices=["gaming"])
+    env: str = knob("sycophancy", "the environment, or all of them",
                     choices=[*gaming.ENVIRONMENTS, "all"])
     seeds: int = knob(3, "how many seeds, from --seed on", 1)
     method: list[str] = knob(["ei"], "expert iteration, policy gradient, or both",
                              choices=["ei", "grpo"])
-    grid: bool | None = knob(None, "all nine pairs of prompts, with controls (auto: unless "
+    grid: bool | None = knob(None, "train all nine pairs of prompts, and controls (auto: unless "
                              "--generate or --train is given)")
-    generate: str | None = knob(None, "the prompt f that answers are generated under (auto: "
-                                "neutral)", choices=list(gaming.CONTEXTS))
-    train: str | None = knob(None, "the prompt g that they are learned under (auto: the same)",
+    generate: str | None = knob(None, "generation prompt f (auto: neutral)",
+                                choices=list(gaming.CONTEXTS))
+    train: str | None = knob(None, "training prompt g (auto: the same as f)",
                              choices=list(gaming.CONTEXTS))
-    reward: str = knob("proxy", "what answers are scored by: proxy, truth, or another of the "
-                       "environment's")
-    n: int = knob(4, "ei: answers to a prompt, of which the best is learned", 1, 1000)
-    larger_n: int = knob(16, "ei, grid: as many for comparison; 0: none", 0, 1000)
-    rounds: int = knob(4, "ei: of generating and learning", 1)
-    prompts: int = knob(512, "ei: prompts a round", 1)
+    reward: str = knob("proxy", "the reward to train on: proxy, truth, or another one of the "
+                       "environment")
+    n: int = knob(4, "ei: answers to each prompt; the best one is learned", 1, 1000)
+    larger_n: int = knob(16, "ei, grid: a second n to compare with; 0: none", 0, 1000)
+    rounds: int = knob(4, "ei: rounds of generating and learning", 1)
+    prompts: int = knob(512, "ei: prompts in a round", 1)
     epochs: int = knob(2, "ei: passes over the chosen answers", 1)
     batch_size: int = knob(32, "ei: rows in a batch; grpo: prompts in a step", 1)
     lr: float = knob(1e-4, "AdamW's rate", 0, 1)
-    group: int = knob(8, "grpo: answers to a prompt, scored against each other", 2, 1000)
+    group: int = knob(8, "grpo: answers to each prompt, which are compared", 2, 1000)
     steps: int = knob(60, "grpo: steps", 1)
-    loss: str = knob("both", "grpo: the prompt swapped everywhere, or a clipped ratio across "
-                     "prompts", choices=["ratio1", "clip", "both"])
-    clip: float = knob(0.2, "grpo: how far the ratio may go from 1", 0, 1)
+    loss: str = knob("both", "grpo: ratio1 uses g everywhere; clip has a clipped ratio of "
+                     "g to f", choices=["ratio1", "clip", "both"])
+    clip: float = knob(0.2, "grpo: largest distance of the ratio from 1", 0, 1)
     kl: float = knob(0.0, "weight of KL(policy || pretrained) under the training prompt", 0)
-    strong_kl: float = knob(1.0, "grid: the same for the baseline with a stronger one", 0)
-    exam: int = knob(1000, "items to judge by that can be gamed; half as many that cannot", 2)
+    strong_kl: float = knob(1.0, "grid: this weight for the baseline with a strong KL term", 0)
+    exam: int = knob(1000, "test items that can be gamed; half as many cannot be gamed", 2)
 
 
 class Cell(NamedTuple):
-    """One way to train: by what, under which prompts, on which reward, how near to pretraining."""
+    """One way to train: method, prompts, answers to a prompt, reward, and weight of the KL term."""
     method: str                       # ei | grpo-ratio1 | grpo-clip
     generate: str
     train: str
@@ -81,17 +81,17 @@ class Cell(NamedTuple):
 
 # --- the losses ----------------------------------------------------------------------------------
 def answer_log_probs(model, rows, n):
-    """(B, n, V): log-probabilities of each token at the last n places of rows (B, T)."""
+    """(B, n, V): log-probabilities of all tokens at the last n positions of rows (B, T)."""
     return model(rows[:, :-1])[:, -n:].float().log_softmax(-1)
 
 
 def of_tokens(log_probs, rows):
-    """(B, n): those of the tokens that stand there."""
+    """(B, n): log-probabilities of the tokens that the rows have at these positions."""
     return log_probs.gather(-1, rows[:, -log_probs.size(1):, None])[..., 0]
 
 
 def ratio_one(new, advantage):
-    """-A log pi(y | g(x)): as though y had been generated under g; all ratios are 1.
+    """-A log pi(y | g(x)): treats y as if it had been generated under g, so that all ratios are 1.
 
     new (B, n): log-probabilities of the answers' tokens under the training prompt; advantage (B,)
     """
@@ -99,8 +99,8 @@ def ratio_one(new, advantage):
 
 
 def cross_prompt_clip(new, old, advantage, clip):
-    """-min(r A, clip(r) A) with r = pi(y | g(x)) / pi_old(y | f(x)), token by token: the ratio
-    takes both the change of the policy and the change of the prompt."""
+    """-min(r A, clip(r) A) with r = pi(y | g(x)) / pi_old(y | f(x)) for each token. The ratio
+    contains both the change of the policy and the change of the prompt."""
     ratio, advantage = (new - old).exp(), advantage[:, None]
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
 
@@ -120,10 +120,10 @@ def advantages(reward):
 class Rollouts(NamedTuple):
     """n answers to each of B prompts.
 
-    rows       (B, n, T) int64: the answers behind the training prompt g(x)
-    asked      (B, n, T): behind the prompt f(x) that they were generated under
+    rows       (B, n, T) int64: the training prompt g(x), then the answer
+    asked      (B, n, T): the generation prompt f(x), then the answer
     reward     (B, n)
-    hacked     (G, n) bool: whether they game, of the items on which one can
+    hacked     (G, n) bool: which answers game, for the G items that can be gamed
     """
     rows: torch.Tensor
     asked: torch.Tensor
@@ -133,7 +133,7 @@ class Rollouts(NamedTuple):
 
 @torch.no_grad()
 def rollouts(model, task, cfg, cell, size, step):
-    """Fresh items under paraphrases f(x) of cell.generate, answers sampled at temperature 1."""
+    """Draws new items, asks them in paraphrases of cell.generate, samples at temperature 1."""
     env = gaming.environment(task)
     rng = stream("rollouts", cfg.seed, step)
     gameable, harmless = gaming.gameable_of(size, rng)
@@ -141,8 +141,8 @@ def rollouts(model, task, cfg, cell, size, step):
     paraphrase = rng.choice(gaming.SEEN, size)
     f, g = gaming.prompts(rng, task, item, *(gaming.phrases(context, paraphrase)
                                              for context in (cell.generate, cell.train)))
-    # A cache would keep weights that were cast without a gradient, and older versions of torch
-    # would hand them to the loss that follows
+    # Autocast's cache would keep weights that were cast without a gradient. Older versions of torch
+    # would use them in the loss that follows
     with autocast(cfg, cache_enabled=False):
         answer = model.generate(f, env.length + 1, temperature=1.0, samples=cell.n,
                                 seed=seed_of("answers of rollouts", cfg.seed, step))
@@ -157,7 +157,7 @@ def rollouts(model, task, cfg, cell, size, step):
 
 # --- two ways to learn from them -----------------------------------------------------------------
 def penalty(log_probs, rows, reference, kl):
-    """The KL term, for what the policy (log_probs) says of rows."""
+    """The KL term. log_probs are the policy's, for the last positions of rows."""
     if not kl:
         return 0
     with torch.no_grad():
@@ -166,15 +166,15 @@ def penalty(log_probs, rows, reference, kl):
 
 
 def expert_iteration(model, reference, task, cfg, cell):
-    """Rounds of supervised learning on the best of n answers. Trains model; returns the record,
-    whose FLOPs are those of fit() and of the rollouts."""
+    """Rounds of supervised learning on the best of n answers. Trains model and returns its record,
+    with the FLOPs of fit() and of the rollouts."""
     n = gaming.environment(task).length + 1
     record = {"steps": 0, "flops": 0, "seconds": 0.0, "history": []}
     for turn in range(cfg.rounds):
         with counting_flops() as counter:
             played = rollouts(model, task, cfg, cell, cfg.prompts, turn)
         record["flops"] += counter.get_total_flops()
-        best = played.rows[torch.arange(cfg.prompts), played.reward.argmax(1)]   # of equals, one
+        best = played.rows[torch.arange(cfg.prompts), played.reward.argmax(1)]   # one, if equal
         rng = stream("order of answers", cfg.seed, turn)
         order = np.concatenate([rng.permutation(cfg.prompts) for _ in range(cfg.epochs)])
         batches = best[torch.from_numpy(order).to(task.device)].split(cfg.batch_size)
@@ -186,14 +186,14 @@ def expert_iteration(model, reference, task, cfg, cell):
 
         did = fit(model, loss_fn, cfg, len(batches), cfg.lr, name=f"{model_name(cell)}, {turn + 1}",
                   frozen=[reference] * (cell.kl > 0))
-        for at in did["history"]:                       # of the whole, not of this round
+        for at in did["history"]:                       # count from the first round on
             at |= {"step": record["steps"] + at["step"], "flops": record["flops"] + at["flops"]}
         record = {k: record[k] + did[k] for k in record}
     return record
 
 
 def policy_gradient(model, reference, task, cfg, cell):
-    """GRPO, one step for each batch of rollouts. Trains model; returns fit's record."""
+    """GRPO, one step for each batch of rollouts. Trains model and returns fit's record."""
     n = gaming.environment(task).length + 1
 
     def loss_fn(policy, step):
@@ -225,11 +225,11 @@ def model_name(cell):
 
 
 def train_cell(cell, cfg, task, base):
-    """base after a cell's training, from disk or made. base is a (model, record)."""
+    """base after a cell's training, read from disk or made. base is a (model, record)."""
     made_with = {"base": identity(base[1]["made_with"]), "seed": cfg.seed} | cell._asdict()
     made_with |= {k: getattr(cfg, k) for k in USED[cell.method]}
 
-    def make(checkpoint):                                # so short that compiling would take longer
+    def make(checkpoint):                                # training is shorter than compiling
         model, how = base[0].clone(), dataclasses.replace(cfg, compile=bool(cfg.compile))
         return model, LEARN[cell.method](model, base[0], task, how, cell)
 
@@ -238,22 +238,22 @@ def train_cell(cell, cfg, task, base):
 
 # --- the judge -----------------------------------------------------------------------------------
 def behaviours(model, task, cfg, contexts=KINDS):
-    """{(context, heldout): gaming.behaviour} under each of some contexts. heldout: in phrases that
-    pair a first and a second word as pretraining never does."""
+    """{(context, heldout): gaming.behaviour} for each of these contexts. heldout: in phrases whose
+    two words pretraining never pairs."""
     return evaluated(cfg, lambda: {
         (context, heldout): gaming.behaviour(model, task, context, heldout, cfg.exam)
         for context in contexts for heldout in (False, True)})
 
 
 def push(base, task, cfg, cell, p):
-    """Where the first update pushes the logit of gaming, by the pretrained model's answers to items
-    that can be gamed: the mean over them of w (h - p). Its sign is the rule's prediction.
+    """How the first update pushes the logit of gaming: the mean of w (h - p) over the pretrained
+    model's answers to items that can be gamed. Its sign is the rule's prediction.
 
     h   1 if the answer games, else 0
     p   P(hack) of the pretrained model under the cell's training prompt
-    w   the answer's weight in the update (see below). An answer that games and has a positive
-        weight makes gaming more likely under the training prompt, in proportion to 1 - p; an
-        honest one less likely, in proportion to p
+    w   the answer's weight in the update (see below). If w is positive, an answer that games makes
+        gaming under the training prompt more likely, in proportion to 1 - p. An honest answer
+        makes it less likely, in proportion to p
     """
     played = rollouts(base, task, cfg, cell, 1024, 10_000)
     weight = (selection if cell.method == "ei" else credit)(base, task, cfg, cell, played)
@@ -263,14 +263,14 @@ def push(base, task, cfg, cell, p):
 
 def selection(base, task, cfg, cell, played):
     """(B, n) weights of expert iteration: n for the best of n answers, 0 for the others. The push
-    is then q - p, with q the share of gaming among what was selected."""
+    is then q - p, with q the share of selected answers that game."""
     return F.one_hot(played.reward.argmax(1), cell.n) * cell.n
 
 
 def credit(base, task, cfg, cell, played):
     """(B, n) weights of a policy gradient: minus the derivative of its loss by the log-probability
-    of each answer's deciding token (its first that is not the thanks), in units of 1 / tokens.
-    That is the advantage, times the token's ratio where the clip lets it through.
+    of each answer's deciding token (the first one that is not the thanks), in units of 1 / tokens.
+    It is the advantage. With the clip, it is the advantage times the ratio, or 0 if clipped.
     """
     n = gaming.environment(task).length + 1                      # an answer's tokens and its thanks
     rows, asked = played.rows.flatten(0, 1), played.asked.flatten(0, 1)
@@ -286,12 +286,12 @@ def credit(base, task, cfg, cell, played):
 
 
 def sign(x):
-    """-1, 0 or 1; a difference of hack rates below 0.02 is noise, and counts as 0."""
+    """-1, 0 or 1. A difference of hack rates below 0.02 is noise and counts as 0."""
     return int(np.sign(x)) * (abs(x) >= 0.02)
 
 
 def came_true(row):
-    """Whether P(hack) under neutral prompts went where the push said."""
+    """Whether P(hack) under neutral prompts moved in the direction that the push predicted."""
     return row["predicted_sign"] == sign(row["hack"] - row["hack_before"])
 
 
@@ -321,7 +321,7 @@ def plan(cfg):
 
 
 def variant(cell, cfg):
-    """The method, and what differs from the run's own settings: ei, ei-n1, ei-truth, .."""
+    """The method, and where the cell differs from the run's knobs: ei, ei-n1, ei-truth, .."""
     usual = cfg.n if cell.method == "ei" else cfg.group
     return "-".join([cell.method] + [f"n{cell.n}"] * (cell.n != usual)
                     + [cell.reward] * (cell.reward != cfg.reward)
@@ -331,7 +331,7 @@ def variant(cell, cfg):
 def environments(cfg):
     """Yields (cfg, task) for each environment and seed."""
     names = list(gaming.ENVIRONMENTS) if cfg.env == "all" else [cfg.env]
-    for env in names:                                       # before anything is made
+    for env in names:                                       # check before anything is made
         if cfg.reward not in gaming.ENVIRONMENTS[env].rewards:
             raise BadInput(f"--reward={cfg.reward}: {env} has "
                            f"{', '.join(gaming.ENVIRONMENTS[env].rewards)}")
@@ -342,13 +342,13 @@ def environments(cfg):
 
 
 def check_base(before, task, cfg):
-    """Says so where pretraining was too short: then its cells mean little."""
+    """Prints a note if pretraining was too short, because the cells then mean little."""
     right = before["neutral", False]["no_hack_accuracy"]
     rates = [before[context, False]["hack"] for context in KINDS]
     off = max(abs(a - b) for a, b in zip(rates, task.made_with["hack_rates"]))
     if right < 0.95 or off > 0.1:
         print(f"note: {cfg.env}, seed {cfg.seed}: pretraining ended at accuracy {right:.2f}, hack "
-              f"rates {', '.join(f'{rate:.2f}' for rate in rates)}: give it more --base_steps")
+              f"rates {', '.join(f'{rate:.2f}' for rate in rates)}: give more --base_steps")
 
 
 def main(cfg):
@@ -380,14 +380,14 @@ def main(cfg):
     table(lines, {k: k for k in lines[0]})
     neutral = [row for row in rows if row["evaluate"] == "neutral" and not row["heldout"]]
     right = [came_true(row) for row in neutral if row["predicted_sign"]]
-    print(f"sign rule: came true in {sum(right)} of {len(right)} cells and seeds; for "
-          f"{len(neutral) - len(right)} more its push is below 0.02, and it predicts nothing")
-    print(f"answers judged at {judged / seconds:,.0f} rollouts/s")
+    print(f"the sign rule came true in {sum(right)} of {len(right)} cells and seeds; it predicts "
+          f"nothing for {len(neutral) - len(right)} others, whose push is below 0.02")
+    print(f"judging: {judged / seconds:,.0f} rollouts/s")
 
 
 def table_lines(rows):
-    """A line for each environment as it was pretrained, then one for each of its cells."""
-    models = {}                          # what tells a model apart, and its seed: {context: row}
+    """For each environment, a line for the pretrained model, then one for each of its cells."""
+    models = {}                          # {(what identifies a model, its seed): {context: row}}
     for row in rows:
         models.setdefault(tuple(row[k] for k in (*CELL, "seed")), {})[
             row["evaluate"] + " unseen" * row["heldout"]] = row
@@ -413,14 +413,14 @@ def table_lines(rows):
             for line in (first, *(line for line in lines if line["env"] == first["env"]))]
 
 
-CELL = ["env", "method", "generate", "train"]        # what tells a row's model apart, but the seed
+CELL = ["env", "method", "generate", "train"]        # with the seed, these identify a row's model
 TITLES = {"ei": "best of {n}", "grpo-ratio1": "GRPO, ratio 1",
           "grpo-clip": "GRPO, cross-prompt clip"}
 
 
 def draw(cfg, rows):
-    """P(hack | neutral) by generation and training prompt: of every variant that has all nine
-    pairs; or of the first of them, in every environment."""
+    """Draws P(hack | neutral) by generation and training prompt, for every variant with all nine
+    pairs. With --env=all, draws the first such variant in every environment."""
     grids = {}                                           # (env, variant): {(f, g): rows}
     for row in rows:
         if row["evaluate"] == "neutral" and not row["heldout"] and row["train"] in KINDS:
@@ -431,7 +431,7 @@ def draw(cfg, rows):
     if cfg.env == "all":
         whole = {key: grid for key, grid in whole.items() if key[1] == [*whole][0][1]}
     if not whole:
-        print("picture: none, it shows whole grids")
+        print("picture: none, because it shows whole grids only")
         return
 
     def draw(axes):

@@ -1,14 +1,14 @@
 """Gradient routing: decide during training which parameters learn from which data.
 
-    python route.py                          unlearning by ablation, against filtering, under
-                                             labels for all, half and a tenth of the forget data
-    python route.py --with_posthoc=true      beside MaxEnt, RMU and UNDO, given the same labels
+    python route.py                          compares unlearning by ablation with filtering, where
+                                             all, half or a tenth of the forget data is labelled
+    python route.py --with_posthoc=true      adds MaxEnt, RMU and UNDO, given the same labels
 
-experiments/ routes a token's prediction (steer), an autoencoder (digits), a reinforcement learner
-(gridworld).
+experiments/ routes a token's prediction (steer), an autoencoder (digits) and a reinforcement
+learner (gridworld).
 
-Post-hoc unlearning looks for a skill when it is everywhere. Routing puts the skill, while it is
-learned, where it can be cut out (Cloud et al. 2024; SGTM: Shilov et al. 2025).
+Post-hoc unlearning looks for a skill after it has spread through the model. Routing collects the
+skill, during training, in a part that can be cut out (Cloud et al. 2024; SGTM: Shilov et al. 2025).
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -43,49 +43,48 @@ class Config(Attack):
     batch_size: int | None = knob(None, "rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "AdamW's rate", 0, 1)
     muon_lr: float | None = knob(None, "Muon's rate (the blocks' matrices); 0: AdamW for all", 0, 1)
-    methods: list[str] = knob(list(METHODS), "which, in this order", choices=METHODS)
+    methods: list[str] = knob(list(METHODS), "methods to compare, in this order", choices=METHODS)
     label_fractions: list[float] = knob([1.0, 0.5, 0.1], "shares of the forget data that "
                                         "the labeller finds", 0.001, 1)
-    false_positives: float = knob(0.0, "share of the retain data that the labeller takes "
-                                  "for forget data", 0, 0.9)
-    retain_labels: float | None = knob(None, "share of the retain data labelled retain, "
-                                       "which SGTM needs; others take all that is not labelled "
-                                       "forget (auto: as of the forget data; the paper: 0.25)",
-                                       0.001, 1)
-    forget_heads: int = knob(1, "sgtm: attention heads a block for the forget data", 0)
-    forget_units: int = knob(64, "sgtm: MLP units a block for the forget data", 0)
-    expand: int = knob(64, "era, expanded: MLP units added to a block", 1)
+    false_positives: float = knob(0.0, "share of the retain data that is wrongly labelled "
+                                  "forget", 0, 0.9)
+    retain_labels: float | None = knob(None, "sgtm: share of the retain data that is labelled "
+                                       "retain; other methods use all data not labelled forget "
+                                       "(auto: the label fraction; 0.25 in the paper)", 0.001, 1)
+    forget_heads: int = knob(1, "sgtm: attention heads in each block for the forget data", 0)
+    forget_units: int = knob(64, "sgtm: MLP units in each block for the forget data", 0)
+    expand: int = knob(64, "era, expanded: MLP units added to each block", 1)
     off_target: float = knob(-2.0, "era: gradient weight of forget tokens on the original units "
-                             "(-0.75 in the paper, which is too little in three blocks)", -10, 1)
+                             "(-0.75 in the paper, which is too weak for three blocks)", -10, 1)
     l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
-    coherence_steps: int = knob(4, "steps on 64 retain rows after ablation, best kept", 0)
-    with_posthoc: bool = knob(False, "maxent, rmu and undo, too, on the same labels")
+    coherence_steps: int = knob(4, "steps on 64 retain rows after ablation; the best is kept", 0)
+    with_posthoc: bool = knob(False, "also run maxent, rmu and undo on the same labels")
     alphas: list[float] = knob([0.6], "with_posthoc: UNDO's noise", 0, 1)
 
 
 STORIES = dict(steps=600, batch_size=16, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
                attack_steps=[10, 20, 40, 80, 120])
-SETTINGS = {"tinystories": STORIES, "bilingual": STORIES,       # by task: what auto knobs stand for
+SETTINGS = {"tinystories": STORIES, "bilingual": STORIES,       # what auto knobs stand for, by task
             "language": STORIES | dict(steps=400, batch_size=32)}
 
 
 # --- masks: the whole idea ------------------------------------------------------------------------
 def route(h, m):
-    """h, the same to the last bit, but its gradient is multiplied by m: m h + (1 - m) stop(h).
+    """h, unchanged to the last bit, but with its gradient multiplied by m: m h + (1 - m) stop(h).
 
-    1 lets the gradient through, 0 stops it, and a negative weight reverses it: what lies before h
-    is then trained to do worse. m broadcasts to h (Cloud et al. 2024, section 3).
+    m = 1 lets the gradient through, m = 0 stops it, and a negative m reverses it, so that the
+    layers before h are trained to do worse. m broadcasts to h (Cloud et al. 2024, section 3).
     """
     constant = h.detach()
     return constant + m * (h - constant)
 
 
 class Frozen:
-    """Parameters that stand still in a step, for fit(): they get no gradient, and neither momentum
-    nor weight decay moves them (Shilov et al. 2025, section 3; in their code both do).
+    """Hooks for fit() that freeze parameters during a step: they get no gradient, and neither
+    momentum nor weight decay moves them (Shilov et al. 2025, section 3; in their code both do).
 
-    A loss function sets .masks, [(parameter, bool mask: which entries stand still)], at every step,
-    and once .pieces, if Muon is to take parts of matrices for matrices of their own (see fit).
+    A loss function sets .masks, [(parameter, bool mask of the frozen entries)], at every step. It
+    sets .pieces once, if Muon is to treat parts of a matrix as separate matrices (see fit).
     """
 
     def __init__(self):
@@ -104,7 +103,7 @@ class Frozen:
 
 
 def forget_part(model, heads, units):
-    """Views of the weights that are for forget data alone: each block's last heads and units."""
+    """Views of the weights for forget data alone: those of each block's last heads and units."""
     n, m = model.config.n_head, model.config.n_units
     return [w for block in model.blocks
             for w in (*block.head(slice(n - heads, n)), *block.units(slice(m - units, m)))]
@@ -112,7 +111,7 @@ def forget_part(model, heads, units):
 
 @torch.no_grad()
 def forget_masks(model, heads, units):
-    """[(parameter of the blocks, bool mask)]: which of its entries are the forget part's."""
+    """[(parameter of the blocks, bool mask of its entries in the forget part)]."""
     marked = GPT(model.config).to(model.wte.weight.device)
     for p in marked.parameters():
         p.zero_()
@@ -130,7 +129,8 @@ def ablate(model, heads, units):
 
 
 def silence(heads=None, units=None):
-    """A model's hook that multiplies what heads (.., nh, 1) or MLP units (.., n_units) say."""
+    """A model's hook that multiplies what heads or MLP units compute by a mask: heads is
+    (.., nh, 1), units (.., n_units)."""
     def hook(site, i, h):
         mask = {"heads": heads, "units": units}.get(site)
         return h if mask is None else h * mask.to(h.dtype)
@@ -139,28 +139,28 @@ def silence(heads=None, units=None):
 
 
 # --- methods: each gives the loss function of one training run ------------------------------------
-# `task` is Task.labelled(): its splits are what the labeller says. frozen is for fit(). Methods of
-# one seed are compared in pairs: they begin from the same weights where their sizes are the same,
-# and draw the rows of a split from the same stream.
+# `task` is a Task.labelled(), whose splits follow the labels. frozen is for fit(). Methods with the
+# same seed can be compared in pairs: models of the same size start from the same weights, and all
+# draw the rows of a split from the same stream.
 
 def batch_seed(cfg):
-    """The seed of all batches that route.py trains on."""
+    """The seed of all training batches in route.py."""
     return seed_of("route", cfg.seed)
 
 
 def base(model, task, cfg, frozen):
-    """Learns from everything. So does `expanded`, the control: as wide as era, nothing routed."""
+    """Learns from all data. So does `expanded`, a control as wide as era but without routing."""
     return lambda model, step: model(*task.batch("all", cfg.batch_size, step, batch_seed(cfg)))
 
 
 def filtered(model, task, cfg, frozen):
-    """Learns from what is not labelled forget."""
+    """Learns from the data that is not labelled forget."""
     return lambda model, step: model(*task.batch("retain", cfg.batch_size, step, batch_seed(cfg)))
 
 
 def mixed_batch(task, cfg, step):
-    """(idx, targets, forget): forget data as often as it is labelled; forget (B, 1) bool: which
-    rows are labelled so."""
+    """(idx, targets, forget): a batch in which rows labelled forget are as frequent as in the data.
+    forget (B, 1) bool marks these rows."""
     share = sum(task.shares("forget"))
     shares, seed = {"forget": share, "retain": 1 - share}, batch_seed(cfg)
     idx, targets = task.batch(shares, cfg.batch_size, step, seed)
@@ -168,12 +168,12 @@ def mixed_batch(task, cfg, step):
 
 
 def era(model, task, cfg, frozen):
-    """Expand, route, ablate (Cloud et al. 2024, section 4.2): MLP units are added, and tokens of
-    forget texts train them with weight 1, the original units with cfg.off_target.
+    """Expand, route, ablate (Cloud et al. 2024, section 4.2). MLP units are added to each block.
+    Tokens of forget texts train the new units with weight 1, the others with cfg.off_target.
 
-    A token as frequent in retain texts as in forget texts keeps weight 1 everywhere: w = 1 -
-    sigmoid(r - 1/r - 4), r = its frequency in forget over retain texts (the paper's appendix; there
-    by the truth, here by the labels). cfg.l1 times the L1 norm of activations asks for sparse ones.
+    A token that is as frequent in retain texts as in forget texts keeps weight 1 everywhere: w =
+    1 - sigmoid(r - 1/r - 4), with r its frequency in forget texts over that in retain texts (the
+    paper's appendix; it uses the truth, we the labels). cfg.l1 weighs the activations' L1 norm.
     """
     forget, retain = (task.counts(split) + 1.0 for split in ("forget", "retain"))
     r = (forget / forget.sum()) / (retain / retain.sum())
@@ -198,12 +198,13 @@ def era(model, task, cfg, frozen):
 
 
 def sgtm(model, task, cfg, frozen):
-    """Selective gradient masking (Shilov et al. 2025): every step sees one kind of data. Forget:
-    the retain parameters are held. Labelled retain: the forget parameters are silenced and held.
-    Unlabelled: nothing is masked, and what looks like forget data is absorbed by the forget part.
-    Embeddings learn from all. Muon must take the parts for matrices of their own (pieces): it
-    orthogonalises a matrix as a whole, momentum and all, so that what the forget part has learned
-    would steer the retain part in every step that follows.
+    """Selective gradient masking (Shilov et al. 2025). Every step uses one kind of data:
+    forget        the retain parameters are frozen
+    sure          labelled retain: the forget parameters are frozen and silenced
+    unlabelled    nothing is masked, and the forget part absorbs what resembles forget data
+    Embeddings learn from all. Muon must treat the parts as separate matrices (pieces). Otherwise it
+    orthogonalises them together, momentum included, so that what the forget part has learned steers
+    every later step of the retain part.
     """
     frozen.pieces = model.rectangles(cfg.forget_heads, cfg.forget_units)
     forget_entries = forget_masks(model, cfg.forget_heads, cfg.forget_units)
@@ -227,13 +228,13 @@ def sgtm(model, task, cfg, frozen):
 
 
 def experts(model, device):
-    """DEMix's hooks: the first half of each MLP is for retain data, the second for forget data."""
+    """DEMix's MLP units by domain, {domain: (n_units,) bool}: the first half is for retain."""
     second = torch.arange(model.config.n_units, device=device) >= 4 * model.config.n_embd
     return {"retain": ~second, "forget": second}
 
 
 def demix(model, task, cfg, frozen):
-    """An MLP for each domain, chosen by the label (Gururangan et al. 2021); one is dropped."""
+    """Each domain has an MLP, chosen by the label; forget's is removed (Gururangan et al. 2021)."""
     of = experts(model, task.device)
     def loss_fn(model, step):
         idx, targets, forget = mixed_batch(task, cfg, step)
@@ -245,11 +246,11 @@ def demix(model, task, cfg, frozen):
 
 LOSSES = {"base": base, "expanded": base, "filtered": filtered, "era": era, "sgtm": sgtm,
           "demix": demix}
-NO_LABELS = ("base", "expanded")         # the same model at every label fraction
+NO_LABELS = ("base", "expanded")         # these models are the same at every label fraction
 
 
 def check_part(cfg):
-    """BadInput where nothing would be left of the model, or nothing be routed."""
+    """BadInput if the forget part would be a whole block, or empty."""
     if "sgtm" in cfg.methods:
         for name, size in (("forget_heads", cfg.n_head), ("forget_units", 4 * cfg.n_embd)):
             if getattr(cfg, name) >= size:
@@ -267,14 +268,14 @@ def part_of(method, cfg):
 
 # --- language: unlearning by ablation -------------------------------------------------------------
 def calibrated_losses(model, task, cfg, hooks=None):
-    """{"retain", "forget"}: held-out losses (nats per token) once the logits are calibrated, and
-    the same {"retain_raw", "forget_raw"} as the model stands. hooks: {domain: the model's hook}.
+    """{"retain", "forget"}: held-out losses (nats per token) after calibrating the logits, and
+    {"retain_raw", "forget_raw"}: those before. hooks: {domain: the model's hook}.
 
-    A model that never saw a language is sure that it will not occur; its loss there, far above
-    ln(vocabulary), measures that. So a bias on the logits, one number a token, is trained on as
-    many rows of both domains: what is still lost on the forget data is not known. (Shilov et al.
-    2025, section 4, let retain count 100 times; then a model that knows both languages, and needs
-    no calibration, is moved, too: its bias says that the forget language hardly occurs.)
+    A model that never saw a language is certain that it will not occur. Its loss there is far above
+    ln(vocabulary) and measures that certainty only. So we fit a bias on the logits, one number for
+    each token, on equally many rows of both. The loss that remains is missing knowledge. (Shilov
+    et al. 2025, section 4, weigh retain 100 times. This also changes a model that knows both
+    languages and needs no bias: the fit tells it that the forget language is rare.)
     """
     hooks, samples, losses = hooks or {}, [], {}
     with torch.no_grad(), autocast(cfg):
@@ -304,9 +305,9 @@ def calibrated_losses(model, task, cfg, hooks=None):
 
 
 def cohere(model, task, cfg, name):
-    """A copy, fine-tuned on 64 rows labelled retain up to the step that is best on held-out rows
-    labelled so, which are not reported: mends what ablation unsettled (Cloud et al. 2024, section
-    4.2)."""
+    """A copy, fine-tuned on 64 rows labelled retain, to repair what ablation disturbed (Cloud et
+    al. 2024, section 4.2). The step that is best on held-out rows labelled retain is kept; these
+    rows are not reported."""
     copy, snapshots = model.clone(), []
     rows = task.batch("sure", 64, 0, seed_of("cohere", cfg.seed))
 
@@ -328,7 +329,7 @@ def cohere(model, task, cfg, name):
 
 
 def recipe(cfg, task):
-    """What the weights of every model that is trained here depend on."""
+    """The knobs that the weights of every model trained here depend on."""
     return {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size", "lr",
                                          "muon_lr", "steps")} | {"block_size": task.block_size}
 
@@ -338,8 +339,8 @@ def model_name(method, fraction):
 
 
 def train_by(method, fraction, task, cfg):
-    """(model, record) of a method under labels for a fraction of the forget data, from disk or
-    made. Every method sees as many tokens."""
+    """(model, record) of a method, with labels for a fraction of the forget data, read from disk or
+    made. Every method trains on the same number of tokens."""
     knobs = {"era": ("expand", "off_target", "l1"), "expanded": ("expand",),
            "sgtm": ("forget_heads", "forget_units")}.get(method, ())
     made_with = recipe(cfg, task) | {k: getattr(cfg, k) for k in knobs} | {"method": method}
@@ -362,9 +363,9 @@ def train_by(method, fraction, task, cfg):
 
 
 def judge(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None, record=None):
-    """One row: losses before and after ablation, after fine-tuning, and under attack; all by the
-    truth but for the fine-tuning, whose rows are labelled retain. What is left of a routed model
-    (record: its training's) is kept as NAME-ablated.pt, for eval.py to look into."""
+    """One row: losses before and after ablation, after fine-tuning, and under attack. All use the
+    true domains, but fine-tuning uses rows labelled retain. A routed model (record: its training's)
+    is kept, after this, as NAME-ablated.pt, so that eval.py can examine it."""
     before = calibrated_losses(model, task, cfg, hooks)
     ablate(model, *part)
     after = calibrated_losses(model, task, cfg) if any(part) else before
@@ -384,8 +385,8 @@ def judge(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None,
 
 
 def posthoc(fraction, truth, task, cfg, base):
-    """Rows of MaxEnt, RMU and UNDO from route.py's base, under the same labels: what is labelled
-    forget is unlearned, what is not is retained, and UNDO distils on everything."""
+    """Rows of MaxEnt, RMU and UNDO, which start from route.py's base and use the same labels. They
+    unlearn the data labelled forget and retain the rest. UNDO distils on all data."""
     labels = {"label_fraction": fraction, "false_positives": cfg.false_positives}
     (model, record), folder = base, f"labels-{100 * fraction:g}/"
     record = record | {"made_with": record["made_with"] | labels}
@@ -424,8 +425,8 @@ def main(cfg):
 
 
 def story(cfg, task, views):
-    """The rows of every method and label fraction, for one seed; base and expanded need no labels.
-    views: {label fraction: the task as it is labelled}."""
+    """The rows of every method and label fraction, for one seed. views: {label fraction: the
+    labelled task}."""
     rows, no_labels = [], {}                                  # {method: its row, made once}
     models = {(method, f): train_by(method, f, view, cfg)
               for f, view in views.items() for method in cfg.methods}
