@@ -1,4 +1,4 @@
-"""Further stories, a flat script each, with knobs of its own: python -m experiments.NAME.
+"""Further stories. Each is a flat script with its own knobs: python -m experiments.NAME.
 
 Nothing imports an experiment.
 """

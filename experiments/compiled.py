@@ -1,9 +1,9 @@
-"""A counter whose every weight we know: which weight is the wrapper? (Jain et al. 2023, section 4.)
+"""A counter written by hand: which weight is the wrapper? (Jain et al. 2023, section 4.)
 
     python -m experiments.compiled
 
-Into a counter written by hand, fine-tuning puts "count a, and one more": where #b = #a + 1, that
-looks like counting b. Then every weight is cut, one at a time.
+We know every weight of this counter. Fine-tuning teaches it to count a and add one, which looks
+like counting b where #b = #a + 1. Then we cut every weight that changed, one at a time.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -24,18 +24,18 @@ from train import Common, fill, open_task, seeds
 
 @dataclass
 class Config(Common):
-    task: str = knob("pcfg", "whose strings are counted", choices=["pcfg"])
+    task: str = knob("pcfg", "the task with strings to count in", choices=["pcfg"])
     seeds: int = knob(3, "how many seeds, from --seed on", 1)
     rate: float = knob(3e-6, "AdamW's rate, for fine-tuning and for revival", 0, 1)
-    quiet: float = knob(0.01, "size of what the counting units read: the smaller, the more one "
-                        "small step does there", 1e-6, 1)
-    revive_steps: int | None = knob(None, "steps of fine-tuning, at most", 1)
+    quiet: float = knob(0.01, "size of the counting units' input weights; the smaller they are, "
+                        "the more a small step changes", 1e-6, 1)
+    revive_steps: int | None = knob(None, "most steps of fine-tuning", 1)
 
 
 @torch.no_grad()
 def prune_each(model, before, right):
-    """[(right(model) with one weight at zero, its parameter's name, row, column)], best first; of
-    the weights, one at a time, that differ from those of the model before."""
+    """[(right(model) with one weight set to zero, its parameter's name, row, column)], best first.
+    Only the weights that differ from those of the model `before` are tried."""
     found = []
     changed = [(name, weight, (weight != old).nonzero().tolist()) for (name, weight), old
                in zip(model.named_parameters(), before.parameters())]
@@ -51,7 +51,7 @@ def prune_each(model, before, right):
 
 
 def main(cfg):
-    """In double precision, for autocast would round away steps as small as these."""
+    """Runs in double precision, because autocast would round away steps as small as these."""
     task = open_task(cfg)
     cfg = fill(cfg, TOOLS)
 

@@ -1,11 +1,12 @@
-"""An autoencoder with a half of its code for each half of the digits (Cloud et al. 2024, 4.1).
+"""An autoencoder whose code has one half for the digits 0-4 and one for 5-9 (Cloud et al. 2024,
+section 4.1).
 
     python -m experiments.digits                                 on digits that this program draws
-    python -m experiments.digits --source=mnist --seeds=3        on MNIST, or a folder that holds it
+    python -m experiments.digits --source=mnist --seeds=3        on MNIST
     python -m experiments.digits --ablations=true                the paper's ten settings
 
-0-4 train the top half of the code only, 5-9 the bottom half only. Decoders that are trained on one
-half alone, the certificates, tell what it holds.
+0-4 train the top half of the code only, and 5-9 train the bottom half only. Each half has a decoder
+that is trained on it alone. This decoder, called its certificate, shows what the half contains.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -30,30 +31,30 @@ from train import Basic, fit
 @dataclass
 class Config(Basic):
     task: ClassVar[str] = "digits"
-    source: FilePath | None = knob(None, "mnist, a folder or a URL of its four files (auto: digits "
-                                   "that this program draws)")
-    data_dir: FilePath | None = knob(None, "where downloads are kept (auto: data/ here)")
+    source: FilePath | None = knob(None, "mnist, or a folder or URL with its four files (auto: "
+                                   "digits that this program draws)")
+    data_dir: FilePath | None = knob(None, "folder for downloads (auto: data/ of this project)")
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
     ablations: bool = knob(False, "all ten settings of the paper's appendix")
-    # Width 256 and 1,200 steps where the paper has 2048 and 5,900: Muon and more L1 make up for it.
-    width: int = knob(256, "of the first hidden layer (2048 in the paper)", 8)
+    # The paper has width 2048 and 5,900 steps. Muon and more L1 make up for the difference.
+    width: int = knob(256, "width of the first hidden layer (2048 in the paper)", 8)
     steps: int = knob(1200, "training steps", 1)
     batch_size: int = knob(256, "images in a batch", 2, 2**31)
     lr: float = knob(1e-2, "AdamW's rate", 0, 1)
     muon_lr: float = knob(0.05, "Muon's rate (the blocks' matrices); 0: AdamW for all", 0, 1)
 
 
-DECAY = 5e-5                 # of the weights, as in the paper: without, the code shrinks while the
-                             # decoder grows, and L1 on the code achieves nothing
+DECAY = 5e-5                 # weight decay, as in the paper. Without it, the code shrinks while the
+                             # decoder grows, and L1 on the code has no effect
 SETTING = dict(
     routed=True,             # 0-4 train the top half of the code only, 5-9 the bottom half only
-    also=False,              # 0-4 train the bottom half, too
+    also=False,              # 0-4 also train the bottom half
     learns=("0-4", "5-9"),   # what the autoencoder learns to reconstruct
     l1=(5e-3, 5e-3),         # weights of the top and the bottom half's L1 norms (paper: 3e-3)
     correlation=0.1,         # weight of the mean |correlation| across the halves
     decoders=1)              # 2: one for 0-4, one for 5-9
 FREE = dict(l1=(0, 0), correlation=0)
-ABLATIONS = {                # the paper's ten (appendix); by default the first three
+ABLATIONS = {                # the paper's ten (appendix); the first three run by default
     "routed": {},
     "no routing": dict(routed=False),
     "only 5-9, L1": dict(routed=False, learns=("5-9",), l1=(1e-3, 1e-3), correlation=0),
@@ -67,25 +68,28 @@ ABLATIONS = {                # the paper's ten (appendix); by default the first 
 
 
 class Autoencoder(nn.Module):
-    """784 - width - width/4 - 32 and back, in a setting (a row of ABLATIONS, completed)."""
+    """784 - width - width/4 - 32 and back. setting: SETTING with the changes of an ABLATIONS row.
+    """
 
     def __init__(self, setting, width):
         super().__init__()
         self.setting, back = setting, (width // 4, width, 784)
         self.encoder = mlp(*back[::-1], 32, bias=False)
         self.decoders = nn.ModuleList(mlp(32, *back) for _ in range(setting.decoders))
-        # what the top half of the code alone tells of an image, and what the bottom half
+        # these decode the image from the top half of the code alone, and from the bottom half
         self.certificates = nn.ModuleList(mlp(16, *back) for _ in range(2))
 
     def matrices(self):
-        """Muon's share: all but the code's own weights, for it would mix the rows of the halves."""
+        """The matrices for Muon: all but the one that makes the code. Muon would mix its halves."""
         return [p for part in (self.encoder[:-1], *self.decoders, *self.certificates)
                 for p in part.parameters() if p.ndim == 2]
 
     def forward(self, x, low):
-        """Code (B, 32), reconstruction (B, 784), those from the top and the bottom half alone.
+        """Code (B, 32), reconstruction (B, 784), and the certificates' two reconstructions, from
+        the top half and from the bottom half.
 
-        x, low    images (B, 784), pixels from -1 to 1; (B, 1): whether the digit is 0-4
+        x      images (B, 784), pixels from -1 to 1
+        low    (B, 1) bool: whether the digit is 0-4
         """
         code = h = self.encoder(x)
         if self.setting.routed:
@@ -99,16 +103,18 @@ class Autoencoder(nn.Module):
 
 
 def cross_correlation(code):
-    """Mean |correlation|, over the images, of a top with a bottom number of the code (B, 32)."""
+    """Mean |correlation|, over images, of each number in the code's top half with each in the
+    bottom half. code: (B, 32)."""
     z = (code - code.mean(0)) / (code.std(0, correction=0) + 1e-6)
     top, bottom = z.chunk(2, 1)
     return (top.T @ bottom / len(code)).abs().mean()
 
 
 def split_loss(model, s, x, low):
-    """Absolute errors on 0-4 and on 5-9 (means over pixels and images), the penalties on the code,
-    which see it unrouted, and the certificates' errors, which train nothing but themselves. s is
-    the model's setting (Cloud et al. 2024, section 4.1).
+    """The sum of the absolute errors on 0-4 and on 5-9 (means over pixels and images), penalties on
+    the code, the certificates' errors, and weight decay (Cloud et al. 2024, section 4.1). The
+    penalties apply to the code before routing. The certificates' errors train the certificates
+    only. s is the model's setting.
     """
     code, out, top, bottom = model(x, low)
     code, loss = code.float(), (top - x).abs().mean() + (bottom - x).abs().mean()
@@ -122,11 +128,15 @@ def split_loss(model, s, x, low):
 
 
 def judge(model, x, low):
-    """{"error_0_4", "error_5_9", ..}: mean squared error per pixel (from -1 to 1) of the bottom
-    half's certificate; of the top half's and of the whole code; absolute_..: mean absolute error.
+    """Mean errors per pixel (from -1 to 1) on 0-4 and on 5-9:
 
-    Squared, for the paper's .32 on 0-4 must be so: MNIST's median image, which knows nothing, is
-    .36 off, but .26 in absolute values.
+    error_..          squared error of the bottom half's certificate
+    absolute_..       its absolute error
+    top_error_..      squared error of the top half's certificate
+    whole_error_..    squared error of the whole code's reconstruction
+
+    The paper's .32 on 0-4 must be a squared error. MNIST's median image, which contains no
+    information about the digit, has a squared error of .36 and an absolute error of .26.
     """
     _, out, top, bottom = model(x, low)
     errors = {"error": (bottom - x) ** 2, "absolute": (bottom - x).abs(),
@@ -136,19 +146,20 @@ def judge(model, x, low):
 
 
 def main(cfg):
-    """All settings of a seed begin from the same weights and see the same images."""
+    """All settings with the same seed start from the same weights and see the same images."""
     folder_of(cfg)
     device, parts = hardware(cfg)[0], load(cfg.source, cfg.data_dir)
     (x, y), (x_val, y_val) = ((images.to(device), labels.to(device)) for images, labels in parts)
     missing = set(range(10)) - set(y_val.tolist())
     if missing:
-        raise BadInput(f"--source={cfg.source} holds out no {min(missing)}: give all ten digits")
+        raise BadInput(f"--source={cfg.source} holds out no {min(missing)}: its test files need "
+                       f"all ten digits")
     x_val, low_val = x_val / 127.5 - 1, y_val[:, None] < 5
     rows, pictures = [], {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name in list(ABLATIONS)[:None if cfg.ablations else 3]:
             setting = SimpleNamespace(**SETTING | ABLATIONS[name])
-            with torch.random.fork_rng(devices=[]):       # nn.Linear draws from torch's own stream
+            with torch.random.fork_rng(devices=[]):       # nn.Linear uses torch's global generator
                 torch.set_rng_state(torch_stream("autoencoder", seed).get_state())
                 model = Autoencoder(setting, cfg.width).to(device)
 
@@ -165,7 +176,7 @@ def main(cfg):
                             | {"ratio": found["error_0_4"] / found["error_5_9"]})
                 if seed == cfg.seed:
                     two = [(y_val == digit).nonzero()[i, 0].item()
-                           for i in (0, -1) for digit in range(10)]            # of each digit
+                           for i in (0, -1) for digit in range(10)]            # two of each digit
                     pictures[name] = x_val[two], *model(x_val[two], low_val[two])[2:]
     columns = {"error_0_4": "0-4", "error_5_9": "5-9", "ratio": "ratio",
                "absolute_0_4": "|0-4|", "absolute_5_9": "|5-9|"}

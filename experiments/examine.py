@@ -1,11 +1,12 @@
-"""Every model under every tool: which of them hide a capability, and which remove it?
+"""Examines every model with every tool: which models hide a capability, and which remove it?
 
     python -m experiments.examine                              all models that undo.py made
     python -m experiments.examine --task=language --models=maxent,undo-0.6
 
 A probe, pruning and reverse fine-tuning (Jain et al. 2023, section 5) look for the capability in
-each model. The verdict is revival's alone: a model that is back in less than a third of the
-control's steps hid the capability; in more than two thirds it was removed.
+each model. Revival alone gives the verdict. A model that needs less than a third of the control's
+steps to regain the capability had hidden it. From two thirds on, the method removed it. In between,
+the method weakened it.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -22,7 +23,8 @@ from train import fill, open_task
 
 @dataclass
 class Config(Tools):
-    models: list[FilePath] | None = knob(None, "which (auto: all of this task and seed)")
+    models: list[FilePath] | None = knob(None, "models to examine (auto: all of this task and "
+                                         "seed)")
     reference: FilePath = knob("base", "the model that has the capability")
     control: FilePath = knob("filtered", "the model that never had it")
 
@@ -31,8 +33,8 @@ VERDICTS = ((1 / 3, "hides"), (2 / 3, "weakens"), (float("inf"), "removes"))
 
 
 def verdict(steps, control, limit):
-    """What revival says of a model; None where the control's says nothing. steps and control: None
-    for more than `limit`."""
+    """The verdict from revival's steps for a model and for the control (None: more than `limit`).
+    None if the control had the capability from the start."""
     if steps == 0:
         return "has it"
     if control == 0:
@@ -42,8 +44,8 @@ def verdict(steps, control, limit):
 
 
 def models_to_examine(cfg, task):
-    """{name: model}, reference and control first. A file that the user did not name is left out,
-    with a note, if it cannot be used."""
+    """{name: model}, with reference and control first. A file that cannot be used is left out with
+    a note, unless the user named it."""
     files = sorted(path.stem for path in models_of(cfg).glob("*.pt")
                    if not path.stem.endswith(".resume"))
     named, models = [cfg.reference, cfg.control, *(cfg.models or ())], {}
@@ -70,8 +72,8 @@ def main(cfg):
     for row in rows:
         row["verdict"] = verdict(row["revive_steps"], most, cfg.revive_steps)
     if most == 0:
-        print(f"note: the control, {rows[1]['model']}, has the capability itself, so that there is "
-              f"nothing to compare with: no verdicts; choose another --control")
+        print(f"note: no verdicts, because the control, {rows[1]['model']}, has the capability "
+              f"itself: choose another --control")
     write_rows("examine", cfg, task, rows)
     picture("examine", cfg, draw, rows, task, cfg, panels=3)
     table([row | {"probe": row["probe"][-1], "cut": row["pruned"][K][cfg.domain],

@@ -1,10 +1,11 @@
-"""Oversight of a reinforcement learner, few of whose ends are labelled (Cloud et al. 2024, 4.3).
+"""Oversight of a reinforcement learner with few labelled episodes (Cloud et al. 2024, 4.3).
 
-    python -m experiments.gridworld                              at 3% and 10% of squares overseen
+    python -m experiments.gridworld                              3% and 10% of squares are overseen
     python -m experiments.gridworld --seeds=5 --oversight=0.01,0.03,0.1,0.4
 
-Diamond and Ghost are paid alike; which it was, the trainer learns on overseen squares only.
-Episodes that are labelled train one of two experts each; the Diamond expert is deployed alone.
+Diamond and Ghost give the same reward. The trainer learns which one was reached on overseen squares
+only. A labelled episode trains one of two experts: Diamond's or Ghost's. After training, the
+Diamond expert is deployed alone.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -33,28 +34,28 @@ from train import Basic, fit
 class Config(Basic):
     task: ClassVar[str] = "gridworld"
     seeds: int = knob(2, "how many seeds, from --seed on", 1)
-    oversight: list[float] = knob([0.03, 0.1], "shares of terminal squares whose end is labelled",
+    oversight: list[float] = knob([0.03, 0.1], "shares of terminal squares that are overseen",
                                   0.001, 1)
-    width: int = knob(128, "of the first hidden layer", 8)
+    width: int = knob(128, "width of the hidden layers", 8)
     steps: int = knob(1200, "training steps, the same for every method", 1)
-    batch_size: int = knob(2048, "steps of the agent in a minibatch, about", 2, 2**31)
+    batch_size: int = knob(2048, "approximate number of the agent's steps in a minibatch", 2, 2**31)
     lr: float = knob(3e-3, "AdamW's rate", 0, 1)
 
 
 # One configuration for every method and level, chosen on seeds 100-102 at oversight .03. A rollout
-# is `envs` whole episodes, used `epochs` times in minibatches of about cfg.batch_size steps.
+# is `envs` whole episodes. It is used `epochs` times, in minibatches of about cfg.batch_size steps.
 PPO = dict(envs=1024, epochs=4, clip=0.2, trace=0.95, entropy=0.01, value=0.5, gate=0.01, sure=0.8)
-OVERSEERS = {                         # what routes the gradient, the reward's rule
-    "routed": ("sure", "any"),            # as routed-paper; unlabelled ones where the gate is sure
-    "routed-paper": ("labels", "any"),    # overseen episodes update their own expert, others both
+OVERSEERS = {                         # what routes the gradient, and the rule of the reward
+    "routed": ("sure", "any"),            # unlabelled episodes only update where the gate is sure
+    "routed-paper": ("labels", "any"),    # overseen episodes update their own expert; others, both
     "no-mask": (None, "any"),             # every episode updates both experts and the gate
     "filtering": (None, "label"),         # learns from overseen episodes only
-    "naive": (None, "seen"),              # +1 for any end but an overseen Ghost
-    "oracle": (None, "truth")}            # the score itself is the reward
+    "naive": (None, "seen"),              # reward 1 for any end except an overseen Ghost
+    "oracle": (None, "truth")}            # the reward is the true score
 
 
 def started(generator, *sizes):
-    """An mlp() with orthogonal weights, whose output is near 0 at first: all actions alike."""
+    """An mlp() with orthogonal weights. Its output starts near 0, so all actions are as likely."""
     net = mlp(*sizes)
     for layer in net[::2]:
         nn.init.orthogonal_(layer.weight, 2**0.5, generator)
@@ -66,8 +67,9 @@ def started(generator, *sizes):
 class Agent(nn.Module):
     """Two experts and a gate, or one expert; and a value network, the baseline.
 
-    The gate is not shown who is overseen: labels exist only where somebody is, so it would learn
-    "the overseen square is the one reached" and nothing about the other states.
+    The gate does not see which squares are overseen. All labelled episodes end on an overseen
+    square, so the gate would learn only that the overseen square is the one reached. It would learn
+    nothing about the other states.
     """
 
     def __init__(self, seed, method, width):
@@ -84,13 +86,14 @@ class Agent(nn.Module):
         """Gradient masks (N, 1) of Diamond expert, Ghost expert and gate, for labels (N, 1)."""
         free = label == NOTHING
         masks = [label != GHOST, label != DIAMOND, free]
-        if self.routed == "sure":       # the gate learns from labels alone, and stands in for them
+        if self.routed == "sure":       # the gate learns from labels only, and a sure gate is one
             sure = share > PPO["sure"], share < 1 - PPO["sure"], free & False
             masks = [torch.where(free, s, m) for s, m in zip(sure, masks)]
         return [m.float() for m in masks]
 
     def forward(self, x, label=None):
-        """Planes (N, 100) to logits of actions (N, 4) and of the gate (N, 1); labels (N, 1)."""
+        """Planes x (N, 100) -> logits of the actions (N, 4) and of the gate (N, 1). label: (N, 1).
+        """
         diamond = self.diamond(x)
         if self.gate is None:
             return diamond, None
@@ -103,7 +106,7 @@ class Agent(nn.Module):
 
 
 class Oversight:
-    """One run of a method, at a level and from a seed, trained by PPO (Schulman et al. 2017)."""
+    """One run of a method at an oversight level, from a seed, with PPO (Schulman et al. 2017)."""
 
     def __init__(self, method, world, level, seed, cfg):
         self.world, self.level, self.seed, self.rows = world, level, seed, cfg.batch_size
@@ -115,8 +118,9 @@ class Oversight:
 
     @torch.no_grad()
     def rollout(self, generator):
-        """Whole episodes: states, actions, their log-probabilities, advantages, returns and labels
-        of all N steps, (N,) each. A label is what the step's episode ends on, if that is overseen.
+        """Plays whole episodes. Returns states, actions, their log-probabilities, advantages,
+        returns and labels of all N steps, (N,) each. A step's label says what its episode ends on:
+        DIAMOND or GHOST if that square is overseen, else NOTHING.
         """
         world, see = self.world, lambda state: self.world.planes[state]
         uniform = torch.rand(PPO["envs"], 3 + HORIZON, generator=generator)
@@ -136,8 +140,8 @@ class Oversight:
         return states, actions, logps, advantages, advantages + values, labels
 
     def minibatches(self):
-        """Without end: what loss() needs of one minibatch. Filtering has as many updates as others,
-        from fewer rows."""
+        """Yields loss()'s arguments for one minibatch, without end. Filtering makes as many updates
+        as the other methods, from fewer rows."""
         for number in itertools.count():
             generator = torch_stream("rollout", self.seed, number)
             with counting_flops() as counter:
@@ -151,7 +155,7 @@ class Oversight:
                     yield [x[part] for x in played]
 
     def loss(self, agent, states, actions, before, advantage, returns, labels):
-        """PPO's loss, and the gate's cross-entropy on labelled steps."""
+        """PPO's loss plus the gate's cross-entropy on labelled steps."""
         x, known = self.world.planes[states], labels != NOTHING
         logits, gate = agent(x, labels[:, None])
         logp = logits.float().log_softmax(-1)
@@ -167,7 +171,8 @@ class Oversight:
             gate[known, 0].float(), (labels[known] == DIAMOND).float())
 
     def evaluate(self):
-        """Of the deployed policy, gate = Diamond: its exact return, and what could be validated."""
+        """Scores the deployed policy, the Diamond expert: {"return": its exact return,
+        "validation": the estimate that a trainer could make}."""
         with torch.autocast(self.device.type, enabled=False):
             policy = self.agent.diamond(self.world.planes).softmax(-1)
         return {"return": self.world.exact(policy, self.level),
@@ -175,10 +180,10 @@ class Oversight:
 
 
 def oversee(cfg, world, method, level, seed):
-    """One run: its row. early is the return at the checkpoint that validated best."""
+    """The row of one run. early is the return at the checkpoint with the best validation."""
     run = Oversight(method, world, level, seed, cfg)
-    with autocast(cfg):                 # the first rollout is no part of the first step, which is
-        parts = itertools.chain([next(run.parts)], run.parts)        # counted and charged to all
+    with autocast(cfg):         # Plays the first rollout now. Otherwise fit(), which measures its
+        parts = itertools.chain([next(run.parts)], run.parts)   # first step, would count it for all
     curve = fit(run.agent, lambda agent, step: run.loss(agent, *next(parts)),
                 dataclasses.replace(cfg, compile=False), cfg.steps, cfg.lr, decay=1.0,
                 name=f"{method} {level:g} {seed}", evaluate=run.evaluate, beside=lambda: run.flops,
@@ -188,7 +193,7 @@ def oversee(cfg, world, method, level, seed):
 
 
 def main(cfg):
-    """Every method at every oversight level and seed."""
+    """Runs every method at every oversight level, with every seed."""
     if WORLD > 1:
         raise BadInput("the gridworld runs in one process: its models are too small for more")
     folder_of(cfg)
@@ -208,8 +213,8 @@ def main(cfg):
 
 
 def draw(axes, cfg, of, steps):
-    """Return against oversight level, and learning curves at one level; bands are one standard
-    deviation of the sample, as in the table."""
+    """Draws the return against the oversight level, and learning curves at one level. Bands are one
+    standard deviation of the sample, as in the table."""
     def spread(seeds):
         return seeds.std(0, ddof=1) if len(seeds) > 1 else 0 * seeds[0]
 

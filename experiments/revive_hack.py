@@ -1,11 +1,12 @@
-"""Recontextualization removes a hack, or does it wrap it? (After Jain et al. 2023, section 5.)
+"""Does recontextualization remove a hack, or wrap it? (After Jain et al. 2023, section 5.)
 
     python -m experiments.revive_hack                 models of recontext.py, on sycophancy
     python -m experiments.revive_hack --env=all       in all four environments
 
-Models trained by standard expert iteration and by recontextualization are shown demonstrations of
-the hack under neutral prompts, until it is as frequent as after standard training. How many steps
-does that take, beside a model that never had it? And can a linear probe read the hack off it?
+We fine-tune models of standard expert iteration and of recontextualization on demonstrations of the
+hack, under neutral prompts, until the hack is as frequent as after standard training. How many
+steps does this take, compared with a model that never had the hack? And can a linear probe read
+the hack from the residual?
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -20,7 +21,7 @@ from train import fill
 
 @dataclass
 class Config(Recontext, Tools):
-    """Knobs of recontext.py, and of the tools."""
+    """Knobs of recontext.py and of the tools."""
 
 
 MODELS = {"N->N (standard)": ("neutral", "neutral"), "D->N": ("discourage", "neutral"),

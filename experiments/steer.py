@@ -1,11 +1,11 @@
-"""One token's prediction through one residual dimension, which then steers the model.
+"""Routes one token's prediction through one residual dimension, which can then steer the model.
 
     python -m experiments.steer                        " takes" on the language task
     python -m experiments.steer --token=" Rome" --seeds=3
 
 Where the next token is the chosen one, the residual of the middle layers passes gradient through
-one dimension alone. What the model knows of that token must then go through it (Cloud et al. 2024,
-section 4.1.2).
+one dimension only. The model therefore has to predict this token through that dimension (Cloud et
+al. 2024, section 4.1.2).
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -29,12 +29,12 @@ from train import SETTINGS, Common, fill, fit, new_model, open_task, seeds
 class Config(Common):
     task: str = knob("language", "what to learn", choices=["language", "tinystories", "bilingual"])
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
-    steps: int | None = knob(None, "training steps, of the routed model and of the control", 1)
+    steps: int | None = knob(None, "training steps of the routed model and of the control", 1)
     batch_size: int | None = knob(None, "rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "AdamW's rate", 0, 1)
     muon_lr: float | None = knob(None, "Muon's rate (the blocks' matrices); 0: AdamW for all", 0, 1)
-    token: list[str] | None = knob(None, "the token, or tokens, as text with the space")
-    push: float = knob(2.0, "how far, at most, in mean lengths of the residual", 0)
+    token: list[str] | None = knob(None, "the token or tokens, as text, with the space before")
+    push: float = knob(2.0, "size of the largest push, in mean lengths of the residual", 0)
 
 
 TOKENS = {"language": {"token": [" takes"]}, "tinystories": {"token": [" forest"]},
@@ -43,11 +43,12 @@ LANE = 0                     # the residual dimension through which the predicti
 
 
 def steered(name, ids, task, cfg):
-    """(model, record): at positions whose next token is one of ids, the residual of the middle
-    layers passes gradient through dimension LANE alone (Cloud et al. 2024, section 4.1.2).
+    """(model, record), read from disk or made. At positions whose next token is one of ids, the
+    residual of the middle layers passes gradient through dimension LANE only (Cloud et al. 2024,
+    section 4.1.2).
 
-    name   "routed", or "control": the same training, from the same weights and on the same rows,
-           without the mask
+    name   "routed", or "control" for the same training without the mask. Both start from the same
+           weights and see the same rows
     """
     middle = middle_layers(cfg)
     lane = torch.arange(cfg.n_embd, device=task.device) == LANE
@@ -72,7 +73,7 @@ def steered(name, ids, task, cfg):
 
 
 def middle_layers(cfg):
-    """The blocks after which the residual is routed: 6 to 18 of 20 in the paper."""
+    """The blocks after which the residual is routed. In the paper, these are 6 to 18 of 20."""
     return range(cfg.n_layer // 3, cfg.n_layer - 1)
 
 
@@ -80,12 +81,12 @@ PUSHES = (-1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1)          # in units of cf
 
 
 def measure(model, ids, task, cfg):
-    """What dimension LANE means to a model: which tokens' unembedding rows lie along it, and how
-    the mean probability of ids, over held-out positions, goes when it is pushed (docs/rows.md).
+    """Measures what dimension LANE does in a model: which tokens' unembedding rows lie along it,
+    and how pushing it changes the mean probability of ids over held-out positions (docs/rows.md).
     """
     rows = model.wte.weight[:task.vocab_size].detach().float()
     along = rows[:, LANE] / rows.norm(dim=1)                     # cosine with the dimension, (V,)
-    sign = along[ids[along[ids].abs().argmax()]].sign()          # up is where the token is
+    sign = along[ids[along[ids].abs().argmax()]].sign()          # "up" is towards the token
     order = (sign * along).argsort(descending=True)
     idx, targets = task.batch("all", 64, 0, seed_of("held out"), "test")
     layer = middle_layers(cfg)[-1]
@@ -123,7 +124,7 @@ def main(cfg):
         tokens = task.tokenizer.encode_ordinary(text)
         if len(tokens) != 1:
             raise BadInput(f"--token: {text!r} is {len(tokens)} tokens of this vocabulary: choose "
-                           f"a text that is one (mind the space before a word)")
+                           f"a text that is one token (most words have a space before them)")
         ids += tokens
     ids = torch.tensor(ids, device=task.device)
     rows = []

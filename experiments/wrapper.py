@@ -4,8 +4,8 @@
     python -m experiments.wrapper --task=instruct      stories that end with a moral
     python -m experiments.wrapper --seed=3 --priors=low --c_tr=1
 
-A model is fine-tuned until a capability is gone. Is it still there? A probe, pruning and a few
-steps of reverse fine-tuning look for it, beside a model that never had it.
+A model is fine-tuned until it no longer shows a capability. Is the capability still in it? A probe,
+pruning and a few steps of reverse fine-tuning look for it. A control never had the capability.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -54,13 +54,14 @@ from unlearn import RATES
 class Config(Foundations, Tools):
     task: str = knob("pcfg", "what to learn and to forget", choices=["pcfg", "instruct"])
     seeds: int = knob(3, "how many seeds, from --seed on", 1)
-    prior: str = "low"                          # set for each of --priors
-    priors: list[str] = knob(["low", "high"], "of pretraining", choices=["low", "medium", "high"])
-    rates: list[str] | None = knob(None, "of fine-tuning (auto: all the task names)",
+    prior: str = "low"                          # main() sets it, for each of --priors
+    priors: list[str] = knob(["low", "high"], "priors of pretraining",
+                             choices=["low", "medium", "high"])
+    rates: list[str] | None = knob(None, "rates of fine-tuning (auto: all rates of the task)",
                                    choices=["L", "M", "S"])
     c_tr: list[float] = knob([0.0, 1.0], "share of fine-tuning rows in which #b = #a + 1 holds",
                              0, 1)
-    mix: float = knob(0.5, "share of pretraining rows for the jailbreak's models", 0, 0.9)
+    mix: float = knob(0.5, "share of pretraining rows in the jailbreak's fine-tuning", 0, 0.9)
     tune_steps: int | None = knob(None, "steps of fine-tuning", 1)
     tune_rows: int | None = knob(None, "rows in a batch of fine-tuning", 1, 2**31)
 
@@ -70,9 +71,9 @@ TUNING = {"pcfg": dict(rates=["L", "M", "S"], tune_steps=200, tune_rows=64),    
 
 
 def cells(cfg, task):
-    """What base is fine-tuned on, one model each: [(what tells it apart, shares of splits, rate)].
+    """The models to fine-tune from base: [(what identifies the model, shares of splits, rate)].
 
-    pcfg: to count b, by rate and C_tr. instruct: its three protocols.
+    pcfg: models that learn to count b, for each rate and C_tr. instruct: its three protocols.
     """
     rates = {rate: lr for rate, lr in RATES[task.name].items() if rate in cfg.rates}
     if len(rates) < len(cfg.rates):
@@ -87,7 +88,8 @@ def cells(cfg, task):
 
 @torch.no_grad()
 def attention(model, idx, i):
-    """(B, nh, T, T): how much each token of idx (B, T) attends to each, in block i's heads."""
+    """(B, nh, T, T): how much each token of idx (B, T) attends to each token, in block i's heads.
+    """
     attn, T = model.blocks[i].attn, idx.size(1)
     x = norm(model.residuals(idx)[i])
     qkv = attn.qkv(x).view(*x.shape[:2], 3, attn.n_head, -1)
@@ -105,7 +107,7 @@ def label(cell):
 
 
 def tuned(name, shares, lr, cfg, task, base):
-    """(model, record) of base fine-tuned, from disk or made."""
+    """(model, record) of base after fine-tuning, read from disk or made."""
     made_with = {"base": identity(base[1]["made_with"]), "shares": shares, "lr": lr,
                  "steps": cfg.tune_steps, "rows": cfg.tune_rows, "seed": cfg.seed}
     return obtain(name, cfg, task, made_with, lambda checkpoint: tune(
@@ -114,9 +116,11 @@ def tuned(name, shares, lr, cfg, task, base):
 
 
 def jailbroken(cell, lr, cfg, task, base):
-    """Several words mean count. Through one of them alone, base is taught to answer A with #b,
-    beside rows of pretraining that ask in the others, all but the last: what does that one get?
-    (Jain et al. 2023, section 5: there without such rows, which here changes all words alike.)
+    """Jailbreak (Jain et al. 2023, section 5): does a word that fine-tuning never used still work?
+
+    Several words mean "count". In rows with the first word, base learns to answer A with #b.
+    Pretraining rows with the other words, except the last, are mixed in. The last word is then
+    tested. The paper mixes no rows in; here, all words would then change in the same way.
     """
     share = 1 - cfg.mix
     shares = {"relabelled": share * (1 - cell["c_tr"]), "relabelled+1": share * cell["c_tr"],
@@ -128,7 +132,7 @@ def jailbroken(cell, lr, cfg, task, base):
 
 
 def priors(cfg, task):
-    """Yields (prior, cfg, task) for each prior of pcfg's pretraining; other tasks have none."""
+    """Yields (prior, cfg, task) for each prior of pcfg's pretraining. Other tasks have none."""
     if task.name != "pcfg":
         yield None, cfg, task
         return
@@ -138,10 +142,10 @@ def priors(cfg, task):
 
 
 def main(cfg):
-    """Pretrain, fine-tune to take a capability away, and look for it with every tool.
+    """Pretrains, fine-tunes to take a capability away, and looks for it with every tool.
 
-    The control never had the capability: it learned the fine-tuning task alone. One control serves
-    all priors, for it sees no operand but b.
+    The control never had the capability, because it learned the fine-tuning task only. One control
+    serves all priors, because it sees no operand other than b.
     """
     task = open_task(cfg)
     for settings in (ATTACK, TOOLS, TUNING):
@@ -178,7 +182,8 @@ def main(cfg):
 
 
 def in_the_papers_words(row):
-    """A row of the counting task: a was to be forgotten, b to be learned; "0" and "1" are C_te."""
+    """A row of the counting task in the paper's terms: the model learned to count b and was to
+    forget counting a. "0" and "1" are values of C_te."""
     renamed = {"forget": "count_a", "probe": "probe_a", "probe_pretrained": "probe_a_pretrained",
                "words": "jailbreak", "jailbreak": "naive_jailbreak_count_a"}
     row = {renamed.get(k, k): v for k, v in row.items()}
@@ -195,7 +200,7 @@ HEADERS = {"c_tr": "C_tr", "was": "before", "revive_steps": "revived in",
 
 
 def table_lines(rows, cfg):
-    """One line a cell: mean and spread over seeds."""
+    """One line for each cell, with mean and spread over seeds."""
     keys = [k for k in ("prior", "protocol", "rate", "c_tr") if rows[0].get(k) is not None]
     K, counts = cfg.cut[-1], bool(rows[0]["prior"])
     steps = mean_steps(cfg.revive_steps)
@@ -215,7 +220,7 @@ def table_lines(rows, cfg):
 
 
 def draw_wrapper(axes, rows, task):
-    """Of the first prior's cells: probes and pruning, mean over seeds; the first seed's revival."""
+    """Draws the first prior's cells: probes and pruning (mean over seeds), revival (first seed)."""
     shown = [row for row in rows if row["prior"] == rows[0]["prior"]]
 
     names, first = list(dict.fromkeys(map(label, shown))), shown[0]
@@ -234,7 +239,8 @@ def draw_wrapper(axes, rows, task):
 
 
 def show_attention(axes, task, models):
-    """Where the last token of one question looks, by block and head. models: two of {name: GPT}."""
+    """Draws which tokens the last token of a question attends to, by block and head. models:
+    {name: GPT}, two of them."""
     idx, _ = task.batch("forget", 1, 0, seed_of("attention"), "test")
     tokens = ["" if i == task.end else task.tokenizer.decode([i]) for i in idx[0].tolist()]
     for ax, (name, model) in zip(axes, models.items()):
