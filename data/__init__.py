@@ -1,28 +1,30 @@
 """Tasks. data.load(name) gives a Task: a tokenizer, batches, and a judge.
 
-A task is a file in this folder. Its text lies on disk, or is made as it is asked for. It has
-  SETTINGS              what suits its text: {name: dict(block_size=.., least_block_size=..,
-                        vocab_size=.., aligned=whether rows begin where a text does)}. How a
-                        technique is set for it stands in the technique's file
-  Knobs                 a dataclass of knobs that shape its text, if it has any
-  VARIANT               the name of one of them, if models of each of its values are to be kept
+A task is a file in this folder. Its text is on disk, or each batch is generated on request.
+Every task's file has
+  SETTINGS              settings of its text: {name: dict(block_size=.., least_block_size=..,
+                        vocab_size=.., aligned=whether rows begin where a text does)}. A
+                        technique's settings for a task are in the technique's file
+  Knobs                 optional: a dataclass of the knobs that shape its text
+  VARIANT               optional: the name of a knob whose values have separate folders of models
   score(model, task, domains, part, finer)   what a model knows: see Task.score
-  higher_is_better      whether a larger score is more knowledge (accuracy) or less (loss)
-  check(name, knobs)    if it has any that need it: BadInput for values that cannot be
-and, on disk,
-  documents(name, folder, **knobs)   its text, a list of str a split, and facts to remember (a dict)
-  EXTRA                 names of splits to fine-tune on besides retain and forget, if it has any
-  answer_mask(task, idx, targets)   (B, n) bool: which targets a probe reads; if not all of them
-or, made as it is asked for,
+  higher_is_better      whether a larger score means more knowledge (accuracy) or less (loss)
+  check(name, knobs)    optional: raises BadInput for knobs with impossible values
+  answer_mask(task, idx, targets)   optional: (B, n) bool, which targets are answers, for a probe
+A task with text on disk also has
+  documents(name, folder, **knobs)   ({split: list of str}, a dict of facts to keep)
+  EXTRA                 optional: names of further splits to fine-tune on
+A task that generates its batches also has
   encoding(block_size)  its tokenizer
   batch(task, split, size, step, seed, part)   see Task.batch
-On disk, data/<task>/: tokenizer.json, one .bin of uint16 tokens a split, meta.json with checksums.
-The .bin files are memory-mapped: they may be larger than memory.
+Files in data/<task>/: tokenizer.json, a .bin of uint16 tokens for each split, and meta.json with
+checksums. The .bin files are memory-mapped, so they may be larger than memory.
 
 A batch is cut from one of three parts of the data:
   train   what models learn from
-  val     held out; what training looks at to decide something: when to stop, which rate, which step
-  test    held out; what is reported. The first half of each held-out file is val, the second test
+  val     held out; used to decide something in training: when to stop, which rate, which step
+  test    held out; used for reported figures
+The first half of each held-out file is val, and the second half is test.
 """
 import copy
 import hashlib
@@ -49,7 +51,7 @@ TASKS = {"arithmetic": "arithmetic", "language": "language", "tinystories": "tin
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
 SOURCES = ("source", "source2")
 FOLDER = Path(__file__).parent
-RESIDENT = 4 << 30           # bytes: on a GPU, data up to this size is kept there
+RESIDENT = 4 << 30           # bytes: data up to this size is kept on the GPU, if there is one
 
 
 def module(name):
@@ -69,24 +71,24 @@ def knobs_of(name):
 
 
 class Piece(NamedTuple):
-    """What a split is made of: a domain's texts from one share of them to another."""
+    """A part of a split: a domain's texts between two positions, each a share of the whole."""
     domain: str
     begin: float = 0
     end: float = 1
 
 
 def splits_of(mod):
-    """The splits that a task's module has on disk: SPLITS, and what it has to train on besides."""
+    """The splits that a task's module has on disk: SPLITS and those of its EXTRA."""
     return SPLITS + tuple(f"{name}_train" for name in getattr(mod, "EXTRA", ()))
 
 
 class Task:
-    """A task whose files, if it has any, are on disk and whole.
+    """A task whose files, if it has any, are on disk and complete.
 
     name, settings, higher_is_better       see the module's docstring
-    tokenizer                              tiktoken.Encoding; task.end is the id that closes a text
+    tokenizer                              tiktoken.Encoding; task.end is the id that ends a text
     block_size                             T, tokens in a row of a batch
-    data_id                                a fingerprint: models remember which data they saw
+    data_id                                a fingerprint of the data, stored with every model
     """
 
     def __init__(self, name, folder, meta, block_size=None, device="cpu"):
@@ -106,15 +108,15 @@ class Task:
             self.open(folder)
 
     def open(self, folder):
-        """Maps the files, and finds where their rows may begin."""
+        """Opens the files and finds where their rows may begin."""
         self.files = {s: open(folder / f"{s}.bin", "rb") for s in self.splits}
         sizes, T = {s: len(self.tokens(s)) for s in self.splits}, self.block_size
         for split, size in sizes.items():
             check_length(self.name, split, size, T)
         self.starts = {s: np.flatnonzero(self.tokens(s)[:-T] == self.end) if
                        self.settings.get("aligned") else range(sizes[s] - T) for s in self.splits}
-        # {(file, part): the first of its starts that rows of a part begin at, and one behind the
-        # last}; no row of val reaches into test
+        # {(file, part): (first, end)}: the indices into starts that a part's rows may use. No row
+        # of val reaches into test
         self.range = {(s, "train"): (0, len(self.starts[s])) for s in self.splits}
         for s in self.splits:
             if s.endswith("_val"):
@@ -136,32 +138,33 @@ class Task:
             self.move_to_device()
 
     def with_rows_of(self, block_size):
-        """This task with rows of another length."""
+        """This task, with rows of block_size tokens."""
         if block_size == self.block_size:
             return self
         return Task(self.name, self.folder, self.meta, block_size, self.device)
 
     def tokens(self, split):
-        """A split's tokens, (N,) uint16. Mapped anew each time: pages once read would stay in
-        memory for as long as the mapping does."""
+        """A split's tokens, (N,) uint16. They are mapped anew each time, because pages that were
+        read stay in memory for as long as their mapping exists."""
         return np.memmap(self.files[split], np.uint16, mode="r")
 
     def move_to_device(self):
-        """From now on batches are cut out on the device, which waits for no copy of rows."""
+        """Copies the data to the device. Batches are then cut there, without copying any rows."""
         self.resident = {s: torch.from_numpy(self.tokens(s).view(np.int16).copy()).to(self.device)
                          for s in self.splits}
         self.columns = torch.arange(self.block_size + 1, device=self.device)
 
     def labelled(self, fraction, false_positives=0.0, sure=1.0):
-        """This task as an imperfect labeller sees it: a copy whose batches go by labels.
+        """A copy of this task whose splits follow the labels of an imperfect labeller.
 
         fraction          share of the forget texts that are labelled forget (recall)
-        false_positives   share of the retain texts that are labelled forget, too
-        sure              share of the retain texts that are labelled retain, of those left
-        Its splits are then forget (so labelled), retain (all others: what filtering keeps), sure
-        (labelled retain), unlabelled (neither), and all. Texts are in random order on disk, so that
-        a label is a stretch of a file. What training looks at (val) goes by labels, too; what is
-        reported (test) by the truth.
+        false_positives   share of the retain texts that are wrongly labelled forget
+        sure              share of the retain texts that are labelled retain (at most the rest)
+
+        Its splits are forget (labelled forget), retain (all others, which filtering keeps), sure
+        (labelled retain), unlabelled (no label), and all. Texts are in random order on disk, so
+        each label covers a contiguous part of a file. The parts train and val follow the labels,
+        and the part test follows the truth.
         """
         view, sure = copy.copy(self), min(sure, 1 - false_positives)
         hits, misses = Piece("forget", 0, fraction), Piece("forget", fraction, 1)
@@ -173,7 +176,7 @@ class Task:
         return view
 
     def shares(self, split):
-        """How much of all training tokens each piece of a split holds."""
+        """For each piece of a split, its share of all training tokens."""
         of = {"forget": self.forget_share, "retain": 1 - self.forget_share}
         return [of[piece.domain] * (piece.end - piece.begin) for piece in self.pieces[split]]
 
@@ -189,14 +192,15 @@ class Task:
     def batch(self, split, size, step, seed, part="train"):
         """Inputs and next-token targets, int64 (B, T) each; a function of its arguments alone.
 
-        Where only the last n tokens of a row are to be learned, targets are (B, n): theirs.
-        split   retain | forget | all, one of labelled()'s or of the task's EXTRA; or several,
-                {split: share of the rows}. A row never mixes domains; how many rows each gets is
-                drawn, right on average for any share and size (see streams.allot). Rows of short
-                texts (settings["aligned"]) begin where a text does: no question without its facts.
+        If only the last n tokens of a row are to be learned, the targets are those, (B, n).
+        split   retain | forget | all, a split of labelled(), or one of the task's EXTRA; or several
+                splits as {split: share of the rows}. A row never mixes domains. The number of rows
+                from each is drawn, with the right mean for any share and size (see streams.allot).
+                If settings["aligned"], rows begin where a text does, so that a question never
+                comes without its facts
         part    train | val | test
-        Where several processes train together, self.shard = (rank, how many) of them: each gets
-        every world-th row of a training batch, from another row on at every step.
+        If several processes train together, self.shard is (rank, number of processes). Each gets
+        every world-th row of a training batch. The first of these rows changes with every step.
         """
         first, world = self.turn(step) if part == "train" else (0, 1)
         if size % world:
@@ -211,24 +215,23 @@ class Task:
         return idx[first::world], targets[first::world]
 
     def turn(self, step):
-        """(the first row of a batch that this process gets, how many processes there are). Rows are
-        in the order of their splits, so that no process may always have the same."""
+        """(first row of a batch that this process gets, number of processes). The first row changes
+        with the step, because rows are sorted by split: a process must not always get the same."""
         rank, world = self.shard
         return (rank + step) % world, world
 
     def sizes(self, shares, size, step, seed):
-        """How many rows of batch(shares, ..), before it is divided, are from each split."""
+        """The number of rows from each split in batch(shares, ..), over all processes."""
         return allot(list(shares.values()), size, stream("sizes", *shares, seed, step))
 
     def origins(self, shares, size, step, seed):
-        """(B,) int64: which of the splits, counted from 0, each row of batch(shares, ..) is from.
-        """
+        """(B,) int64: the split of each row of batch(shares, ..), as its index in shares."""
         first, world = self.turn(step)
         which = np.repeat(np.arange(len(shares)), self.sizes(shares, size, step, seed))
         return torch.from_numpy(which[first::world]).to(self.device)
 
     def undivided(self, split, size, step, seed, part):
-        """A batch of one split, not yet divided over processes."""
+        """A batch of one split, before it is divided over processes."""
         if self.generated:
             return self.module.batch(self, split, size, step, seed, part)
         pieces, sizes = (self.true_pieces if part == "test" else self.pieces)[split], [size]
@@ -239,14 +242,16 @@ class Task:
         return rows[:, :-1], rows[:, 1:]
 
     def rows(self, piece, size, part, rng):
-        """(size, T + 1) tokens, int64: rows drawn from a piece of the data's train, val or test."""
+        """(size, T + 1) int64: rows of tokens, drawn from a piece, in the part train, val or test.
+        """
         split = f"{piece.domain}_{'train' if part == 'train' else 'val'}"
         tokens = self.resident[split] if self.resident else self.tokens(split)
         first, last = self.range[split, part]
         first, last = (round(first + share * (last - first)) for share in piece[1:])
         if first == last:
-            raise BadInput(f"{self.name}: no row of {split} begins in its share {piece.begin:g} to "
-                           f"{piece.end:g}: give more text or other label fractions")
+            raise BadInput(f"{self.name}: no row of {split} begins between its shares "
+                           f"{piece.begin:g} and {piece.end:g}: give more text or other label "
+                           f"fractions")
         start = rng.integers(first, last, size)
         if self.settings.get("aligned"):
             start = self.starts[split][start]
@@ -257,36 +262,37 @@ class Task:
         if self.device.type == "cuda":
             start = start.pin_memory().to(self.device, non_blocking=True)
         rows = tokens[start[:, None] + self.columns]
-        return rows.long() & 0xFFFF                       # back from int16 to uint16's values
+        return rows.long() & 0xFFFF                       # turns int16 back into uint16's values
 
     def knows_more(self, score, other):
         """Whether a score shows more knowledge than another."""
         return score > other if self.higher_is_better else score < other
 
     def within(self, score, reference, share):
-        """Whether a score is at most `share` worse, as knowledge, than a reference score."""
+        """Whether a score is worse than a reference score by at most this share of it. Worse means
+        less knowledge."""
         if self.higher_is_better:
             return score >= (1 - share) * reference
         return score <= (1 + share) * reference
 
     @torch.no_grad()
     def loss(self, model, domain, rows=128, part="test", **how):
-        """Mean loss in nats per token over the same held-out rows of a domain every time.
+        """Mean loss in nats per token on held-out rows of a domain, the same rows in every call.
 
-        how   what else the model is called with: a criterion, a hook
+        how   further arguments for the model: criterion, hook
         """
         size = min(rows, 32)
         n = rows // size
-        # summed as they come: a recorded step (CUDA graphs) overwrites what it gave before
+        # sum at once: a recorded step (CUDA graphs) overwrites the loss that it returned before
         return (sum(model(*self.batch(domain, size, i, seed_of("held out"), part), **how)
                     for i in range(n)) / n).item()
 
     def score(self, model, domains=("retain", "forget"), part="test", finer=False):
         """{"retain": .., "forget": ..} on fixed held-out data, the same for every model.
 
-        part    test: what is reported; there may be further figures, named forget_.. and retain_..
-                val: for decisions while training, on fewer and on other examples; never reported
-        finer   with finer figures, which take longer
+        part    test: for reports. There may be further figures, named forget_.. and retain_..
+                val: for decisions in training, on fewer and different examples; never reported
+        finer   adds finer figures, which take longer
         """
         return self.module.score(model, self, domains, part, finer)
 
@@ -299,18 +305,18 @@ def check_length(name, split, tokens, block_size):
 
 
 def load(name, folder=None, block_size=None, device="cpu", **knobs):
-    """The Task called `name`, its data made first if it is missing or was made with other knobs.
+    """The Task called `name`. Makes its data first if it is missing or was made with other knobs.
 
-    folder   where data/<name>/ lies (default: beside this file)
-    knobs    the task's own (see Knobs in its file); None means its default
-    Raises BadInput for an unknown task or knob, and for files that are damaged.
+    folder   the folder that has <name>/ in it (default: the folder of this file)
+    knobs    the task's knobs (see Knobs in its file); None means the knob's default
+    Raises BadInput for an unknown task or knob and for damaged files.
     """
     mod = module(name)
     defaults = asdict(knobs_of(name)())
     for knob in knobs:
         if knob not in defaults and knobs[knob] is not None:
             raise BadInput(f"--{knob} means nothing to the task {name}"
-                           + (f", which knows {', '.join(defaults)}" if defaults else ""))
+                           + (f", which has {', '.join(defaults)}" if defaults else ""))
     asked = {"code": code_of(mod)}
     asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in defaults.items()}
     if hasattr(mod, "check"):
@@ -325,12 +331,12 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
         if asked.get(knob) == "":
             raise BadInput(f"--{knob} is empty: give a path or a URL")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent, wait=True):             # while another run makes data there, we wait
+    with locked(folder.parent, wait=True):             # waits while another run makes data there
         meta = read_meta(folder)
         sources = {knob: what_it_is(knob, asked, meta) for knob in SOURCES if knob in defaults}
         if not meta or differ(meta["made_with"], asked):
             meta = prepare(name, folder, asked, sources, block_size)
-        elif meta.get("sources", {}) != sources:      # written anew or moved, but the same bytes
+        elif meta.get("sources", {}) != sources:      # rewritten or moved, but with the same bytes
             meta |= {"sources": sources}
             write_meta(folder, meta)
         for file, facts in meta["files"].items():
@@ -341,8 +347,8 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
 
 
 def code_of(mod):
-    """A digest of the task's file and of those tasks' that it borrows from: edit one, and its text
-    is made anew. Line endings, which a checkout may change, do not count."""
+    """A digest of the task's file and of the tasks' files that it imports from. If one is edited,
+    the text is made again. Line endings do not count, because a checkout may change them."""
     files = {mod.__file__} | {sys.modules[f"data.{file}"].__file__ for file in TASKS.values()
                               if f"data.{file}" in sys.modules and any(
                                   getattr(value, "__module__", "") == f"data.{file}"
@@ -351,8 +357,9 @@ def code_of(mod):
 
 
 def what_it_is(knob, asked, meta):
-    """Completes `asked` where a source is a local file: its path, and its content's SHA-256 as
-    KNOB_sha256. No source given: the one before. Returns its fingerprint, None for a URL."""
+    """Completes `asked` for a source that is a local file, with its resolved path and, as
+    KNOB_sha256, its content's SHA-256. If the user gave no source, the last one is used. Returns
+    the file's fingerprint, or None for a URL or no source."""
     before = meta["made_with"] if meta else {}
     given = asked[knob] is not None
     asked[knob] = asked[knob] if given else before.get(knob)
@@ -363,14 +370,14 @@ def what_it_is(knob, asked, meta):
     if given or path.exists():
         last = fingerprint(path, last, knob)
     if last:
-        asked[knob] = str(path.resolve())                         # one file, one name
+        asked[knob] = str(path.resolve())                         # one file has one name
         asked[f"{knob}_sha256"] = last["sha256"]
     return last
 
 
 def differ(a, b):
-    """Whether data made with a is not what b asks for. A file with the same content is the same
-    wherever it lies."""
+    """Whether data made with knobs a is not the data that knobs b ask for. Files with the same
+    content count as the same, wherever they are."""
     def meant(knobs):
         return {k: v for k, v in knobs.items() if f"{k}_sha256" not in knobs}
 
@@ -378,7 +385,7 @@ def differ(a, b):
 
 
 def read_meta(folder):
-    """meta.json as a dict, None when it is missing; BadInput when it is damaged."""
+    """meta.json as a dict; None if it is missing. Raises BadInput if it is damaged."""
     path = folder / "meta.json"
     if not path.exists():
         return None
@@ -393,13 +400,13 @@ def read_meta(folder):
 
 
 def write_meta(folder, meta):
-    """meta.json, with the checksum of what it says."""
+    """Writes meta.json, with a checksum of its content."""
     meta = meta | {"sha256": digest(meta)}
     write(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
 def prepare(name, folder, knobs, sources, block_size=None):
-    """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json comes last."""
+    """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json is written last."""
     mod = module(name)
     print(f"data: making {name} in {folder}")
     texts, facts = mod.documents(name, folder, **{k: knobs[k] for k in asdict(knobs_of(name)())})
@@ -412,7 +419,7 @@ def prepare(name, folder, knobs, sources, block_size=None):
     train = texts["retain_train"] + texts["forget_train"]
     enc = tokenizer.train(train, mod.SETTINGS[name]["vocab_size"], name,
                           lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))
-    (folder / "meta.json").unlink(missing_ok=True)            # from here until the end: no data
+    (folder / "meta.json").unlink(missing_ok=True)            # without it, data counts as missing
     tokenizer.save(enc, folder / "tokenizer.json")
     for split in tqdm(splits, desc="tokens", unit="split"):
         write(folder / f"{split}.bin", pack(enc, texts[split]))
@@ -422,11 +429,11 @@ def prepare(name, folder, knobs, sources, block_size=None):
              for f in ("tokenizer.json", *(f"{s}.bin" for s in splits))}
     meta = {"task": name, "made_with": knobs, "sources": sources, "facts": facts, "files": files}
     write_meta(folder, meta)
-    return read_meta(folder)                                  # as the next run will see it
+    return read_meta(folder)                                  # the same that the next run will read
 
 
 def pack(enc, docs):
-    """Yields the bytes of a .bin: texts as uint16 tokens, the end token after each."""
-    for i in range(0, len(docs), 10_000):                     # lists of ints are large
+    """Yields the bytes of a .bin: texts as uint16 tokens, with the end token after each text."""
+    for i in range(0, len(docs), 10_000):                     # few at once: lists of ints are large
         for ids in enc.encode_ordinary_batch(docs[i:i + 10_000]):
             yield np.array(ids + [enc.n_vocab - 1], np.uint16).tobytes()

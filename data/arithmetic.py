@@ -1,11 +1,13 @@
 """Four operations, as equations and as word problems. Retain + and -, forget * and /.
 
 After Lee et al. 2025 (UNDO, section 4): operands 1..50 with results >= 0 for + and -, factors
-1..20 and exact division for * and /; half bare equations ("12 + 5 = 17"), half word problems.
-Every operation has 20 templates to train on and 10 that are only ever scored; the last ones in
-each list below. Some operand pairs never appear in training, in either form. There are only 400
-pairs of factors, so that training shows all the others many times: a score on those asks for facts
-that were seen, one on pairs never shown for the skill.
+1..20 and exact division for * and /. Half of the texts are equations ("12 + 5 = 17"), and half are
+word problems. Every operation has 20 templates for training. The last 10 in each list below are
+used for scoring only.
+
+Some operand pairs never appear in training, in either form. There are only 400 pairs of factors, so
+training shows each of the other pairs many times. A score on these tests known facts, whereas a
+score on the pairs never shown tests the skill.
 """
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +27,7 @@ class Knobs:
     """Knobs of the task arithmetic."""
     words: float = knob(0.5, "share of word problems among the training texts", 0, 1)
     heldout_pairs: float = knob(0.15, "share of operand pairs that training never shows", 0, 0.5)
-    problems: int = knob(40_000, "training problems an operation", 100)
+    problems: int = knob(40_000, "training problems for each operation", 100)
 
 
 DOMAINS = {"retain": ("+", "-"), "forget": ("*", "/")}
@@ -178,11 +180,11 @@ def pairs(operation):
 
 
 def split_pairs(operation, heldout_pairs):
-    """(pairs for training, pairs never trained on), split at a fixed seed.
+    """(pairs for training, pairs never trained on), split with a fixed seed.
 
-    A pair of + or * goes with its mirror: whoever saw 5 + 3 has seen 3 + 5.
+    A pair of + or * stays with its mirror, because 5 + 3 tells the answer to 3 + 5.
     """
-    mirrored = {}                                        # {pair: those that tell the same}
+    mirrored = {}                                        # {pair: it and its mirror}
     for a, b in pairs(operation):
         same = (min(a, b), max(a, b)) if operation in "+*" else (a, b)
         mirrored.setdefault(same, []).append((a, b))
@@ -195,7 +197,7 @@ def split_pairs(operation, heldout_pairs):
 
 
 def equation(operation, a, b):
-    """(question, answer): ("12 + 5 =", " 17")."""
+    """(question, answer), for example ("12 + 5 =", " 17")."""
     return f"{a} {operation} {b} =", f" {OPERATIONS[operation](a, b)}"
 
 
@@ -233,23 +235,23 @@ def documents(name, folder, words, heldout_pairs, problems):
     return texts, {}
 
 
-EXAM = {"val": 100, "test": 200}        # problems of a form and an operation, at most; of pairs
-NEW = 60                                # never shown 60 equations and 120 word problems, at most
+EXAM = {"val": 100, "test": 200}        # most problems in each form and operation
+NEW = 60                                # the same for pairs never shown; twice as many in words
 
 
 @cache
 def exam(operation, form, part, heldout, heldout_pairs):
-    """The fixed, distinct (question, answer) problems of an operation; none is in val and in test.
+    """The fixed, distinct (question, answer) problems of an operation. val and test share none.
 
     form      equations | words (with templates that training never shows)
-    heldout   operand pairs that training never shows, rather than those it covers
+    heldout   True: operand pairs that training never shows; False: those that it shows
     """
     rng = text_stream("exam", operation, form, heldout)
     pool = split_pairs(operation, heldout_pairs)[heldout]
     pool = rng.sample(pool, len(pool))
     n = min(EXAM["test"], len(pool) * 2 // 3)
     chosen = pool[:n] if part == "test" else pool[n:n + EXAM["val"]]
-    if heldout:                          # there are few of * and /: each is told in two ways
+    if heldout:                          # * and / have few: each one makes two word problems
         chosen = pool[:NEW] * (1 if form == "equations" else 2)
     unseen = TEMPLATES[operation][TRAINING_TEMPLATES:]
     return [equation(operation, a, b) if form == "equations"
@@ -257,7 +259,7 @@ def exam(operation, form, part, heldout, heldout_pairs):
 
 
 def accuracy(model, task, problems):
-    """Share of (question, answer) problems that greedy decoding answers exactly."""
+    """Share of the (question, answer) problems that greedy decoding answers exactly."""
     enc = task.tokenizer
     asked = [[task.end] + enc.encode_ordinary(question) for question, _ in problems]
     right = [enc.encode_ordinary(answer) + [task.end] for _, answer in problems]
@@ -268,9 +270,10 @@ def accuracy(model, task, problems):
 
 
 def score(model, task, domains=("retain", "forget"), part="test", finer=False):
-    """Greedy accuracy, 0..1. A domain's headline is the mean over its operations and forms, on
-    operand pairs that training covers; "retain_heldout_pairs" and "forget_.." (of part test) are
-    the same on pairs that it never showed. finer: a figure for each, "+ equations", "+ words", ...
+    """Greedy accuracy, 0..1. "retain" and "forget" are means over a domain's operations and forms,
+    on operand pairs that training shows. "retain_heldout_pairs" and "forget_heldout_pairs" are the
+    same on pairs that training never shows (part test only). finer: also one figure for each
+    operation and form, "+ equations", "+ words", ...
     """
     words, heldout_pairs = task.made_with["words"], task.made_with["heldout_pairs"]
     forms = ["equations"] * (words < 1) + ["words"] * (words > 0)
@@ -289,12 +292,12 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
 
 
 def answer_mask(task, idx, targets):
-    """(B, T) bool: which targets are an answer's digits: digits with nothing but digits between
-    them and the end of their text."""
+    """(B, T) bool: which targets are an answer's digits. These are the digits after which only
+    digits follow until the end of the text."""
     enc, targets = task.tokenizer, targets.cpu().numpy()
     digits = np.isin(targets, [enc.encode_single_token(str(i)) for i in range(10)])
     found = np.zeros_like(digits)
-    follows = np.zeros(len(targets), bool)                # whether an answer goes on to the right
+    follows = np.zeros(len(targets), bool)                # whether an answer continues to the right
     for t in reversed(range(targets.shape[1])):
         found[:, t] = follows & digits[:, t]
         follows = found[:, t] | (targets[:, t] == task.end)

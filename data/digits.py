@@ -1,12 +1,13 @@
 """Handwritten digits: drawn by this program, or MNIST (LeCun, Cortes and Burges).
 
     load()                     20,000 drawn digits and 4,000 held out; nothing is downloaded
-    load("mnist", folder)      MNIST from its public mirror: 60,000 and 10,000
-    load("/path/to/mnist")     a folder with the four idx files, packed or not; a URL that they lie
-                               under will do
+    load("mnist", folder)      MNIST from its public mirror: 60,000 and 10,000 held out
+    load("/path/to/mnist")     a folder with the four idx files, with or without gzip; or the URL
+                               of such a folder
 
-A drawn digit is a few strokes. Its corners shake, then the whole is turned, slanted, stretched and
-moved, and a pen of some width follows it. There are two or three ways to write each digit.
+A drawn digit consists of a few strokes. The points of the strokes are moved at random. The digit is
+then rotated, slanted, stretched and shifted, and drawn with a pen of random width. There are two or
+three ways to write each digit.
 """
 import gzip
 import struct
@@ -21,14 +22,14 @@ from engine.knobs import BadInput
 from engine.streams import stream
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-# SHA-256 of the .gz files there, on record in many public repositories that downloaded them
+# SHA-256 of the .gz files there, recorded in many public repositories that downloaded them
 FILES = {
     "train-images-idx3": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
     "train-labels-idx1": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
     "t10k-images-idx3": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"}
 
-# Ways to write a digit: strokes, each a smooth curve through points "xy" (0-9 right, 0-9 down).
+# Ways to write each digit. A stroke is a smooth curve through points "xy" (0-9 right, 0-9 down).
 GLYPHS = [["50 31 24 26 38 59 78 86 84 71 50", "60 41 34 36 48 59 68 76 74 70 41"],
           ["50 59", "32 50 | 50 59", "60 49"],
           ["22 40 61 73 55 29 | 29 79", "23 40 61 72 46 28 38 49 68 88"],
@@ -43,9 +44,9 @@ SEGMENTS = 4                 # straight pieces between two points of a stroke
 
 
 def curve(points):
-    """Starts and ends of the straight pieces of a smooth curve (Catmull and Rom) through points.
+    """(starts, ends) of the straight pieces of a smooth curve (Catmull and Rom) through points.
 
-    points (n, ..) -> two of (SEGMENTS * (n - 1), ..)
+    points is (n, ..); starts and ends are (SEGMENTS * (n - 1), ..)
     """
     p = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     a, b, c, d = p[:-3, None], p[1:-2, None], p[2:-1, None], p[3:, None]
@@ -56,14 +57,14 @@ def curve(points):
 
 
 def draw(glyph, n, rng):
-    """n images of a glyph, uint8 (n, 784): 0 paper, 255 ink."""
+    """n images of a glyph, uint8 (n, 784), from 0 (paper) to 255 (ink)."""
     strokes = [stroke.split() for stroke in glyph.split("|")]
     points = np.array([[int(xy[0]), int(xy[1])] for s in strokes for xy in s]) / 9 - 0.5
     points = points + rng.normal(0, 0.025, (n, *points.shape))                 # (n, points, 2)
-    # turned, slanted and stretched in one: about 20 pixels high, leaning a little to the right
+    # one matrix rotates, slants and stretches: about 20 pixels high, leaning a little to the right
     matrix = 20 * (np.array([[1, 0], [-0.15, 1]]) + rng.normal(0, 0.1, (n, 2, 2)))
     points = points @ matrix + 13.5 + rng.normal(0, 0.8, (n, 1, 2))
-    # curves are linear in their points: one matrix draws them all
+    # curves are linear in their points, so one matrix gives the curves of all images
     each = np.split(np.eye(points.shape[1]), np.cumsum([len(s) for s in strokes])[:-1])
     starts, ends = (torch.from_numpy(np.concatenate(matrices) @ points).float()
                     for matrices in zip(*map(curve, each)))                # (n, segments, 2) each
@@ -83,32 +84,33 @@ def draw(glyph, n, rng):
 
 
 def drawn(n, seed=0):
-    """n digits in random order, a function of the seed: images uint8 (n, 784), labels (n,)."""
+    """n digits in random order, as a function of the seed: images uint8 (n, 784), labels (n,)."""
     rng = stream("digits", seed)
-    labels, style = rng.integers(0, 10, n), rng.integers(0, 6, n)    # 6: as many of two or three
+    labels, style = rng.integers(0, 10, n), rng.integers(0, 6, n)    # 6: a multiple of 2 and of 3
     images = torch.zeros(n, 784, dtype=torch.uint8)
     for digit, glyphs in enumerate(GLYPHS):
         for i, glyph in enumerate(glyphs):
             which = np.flatnonzero((labels == digit) & (style % len(glyphs) == i))
-            for part in np.array_split(which, len(which) // 200 + 1):    # small: stays in cache
+            for part in np.array_split(which, len(which) // 200 + 1):    # small parts fit the cache
                 images[part] = draw(glyph, len(part), rng)
     return images, torch.from_numpy(labels)
 
 
 def find(folder, name):
-    """An idx file in a folder by any of the names that it goes by: with a dash or a dot, .gz or
-    unpacked. Where there is none, the name that it has at its home."""
+    """The path of an idx file in a folder. Its name may have a dash or a dot, and .gz at its end.
+    If no such file is there, the path has the name that MNIST's mirror uses."""
     names = [f"{stem}-ubyte{end}" for end in (".gz", "")
              for stem in (name, name.replace("-idx", ".idx"))]
     return next((folder / each for each in names if (folder / each).exists()), folder / names[0])
 
 
 def idx(path, sizes):
-    """An idx file, gzip or not, as a uint8 tensor (N, *sizes); BadInput unless it is whole."""
+    """An idx file, with or without gzip, as a uint8 tensor (N, *sizes). Raises BadInput if it is
+    damaged or is not such a file."""
     way_out = "delete it and get it again, or choose another --source"
     try:
         content = Path(path).read_bytes()
-        if content[:2] == b"\x1f\x8b":                             # gzip's mark
+        if content[:2] == b"\x1f\x8b":                             # a gzip file begins with these
             content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise BadInput(f"{path} is damaged: {way_out}") from None
@@ -128,8 +130,9 @@ def idx(path, sizes):
 def load(source=None, folder=None):
     """(images, labels) to train on and (images, labels) held out: uint8 (N, 784) and int64 (N,).
 
-    source   None: drawn; mnist, a folder or a URL: see above. Raises BadInput, one line
-    folder   downloads are kept in its downloads/ (default: data/ of this checkout)
+    source   None: draws the digits; mnist, a folder or a URL: see above
+    folder   downloads are kept in its subfolder downloads/ (default: data/ of this checkout)
+    Raises BadInput, one line, if a source cannot be used.
     """
     if source is None:
         return drawn(20_000, seed=0), drawn(4_000, seed=1)
@@ -144,7 +147,7 @@ def load(source=None, folder=None):
     for images, labels in (paths[:2], paths[2:]):
         x, y = idx(images, (28, 28)), idx(labels, ())
         if len(x) != len(y) or not len(x) or y.max() > 9:
-            raise BadInput(f"{images} holds {len(x)} images, {labels} {len(y)} labels of 0-9: "
-                           "give files that belong together")
+            raise BadInput(f"{images} has {len(x)} images and {labels} has {len(y)} labels: give "
+                           "files that belong together, with labels of 0-9")
         parts.append((x.flatten(1), y.long()))
     return parts

@@ -1,4 +1,4 @@
-"""Downloads that resume, are checked, and never leave half a file under its final name."""
+"""Downloads files. A download resumes and is checked; only a complete file gets its final name."""
 import hashlib
 import os
 import re
@@ -13,18 +13,20 @@ from engine.knobs import BadInput
 
 
 def download(url, folder, knob="source", timeout=30, tries=5):
-    """The path in `folder` of the file at `url`, downloaded unless it is there already.
+    """The path in `folder` of the file at `url`, which is downloaded unless it is there already.
 
-    url      may end in #sha256=HEX, the checksum that the file must have. Without it the one that
-             the hub names counts; other servers name none, and only the size can be checked
-    knob     the command-line knob that takes a local copy instead: for the messages
-    timeout  seconds without a byte, after which a connection counts as stalled
-    Until it is whole and checked, a file is called .part, and the next call goes on where it ends.
-    From then on it is held against the checksum beside it, .sha256. Raises BadInput, one line.
+    url      may end in #sha256=HEX, the checksum that the file must have. Without it, we use the
+             checksum that the Hugging Face hub gives. Other servers give none, so that only the
+             size can be checked
+    knob     the command-line knob that takes a local copy instead, for the messages
+    timeout  seconds without a byte after which a connection counts as stalled
+
+    An incomplete file is called .part, and the next call continues it. A complete file is checked
+    in every call against the checksum in the .sha256 file beside it. Raises BadInput, one line.
     """
     url, _, expected = url.partition("#sha256=")
     if expected and not re.fullmatch("[0-9a-f]{64}", expected):
-        raise BadInput(f"#sha256={expected} is no checksum: give 64 digits of 0-9 and a-f")
+        raise BadInput(f"#sha256={expected} is not a checksum: give 64 digits of 0-9 and a-f")
     name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].rpartition("/")[2])
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"   # two hosts may share a name
     path, part, record = (Path(folder) / (name + end) for end in ("", ".part", ".sha256"))
@@ -33,7 +35,7 @@ def download(url, folder, knob="source", timeout=30, tries=5):
         if path.exists():
             expected = expected or (record.read_text() if record.exists() else "")
             if expected not in ("", sha256(path)):
-                raise BadInput(f"{path} does not have the SHA-256 it should: delete it to download "
+                raise BadInput(f"{path} does not have the right SHA-256: delete it to download "
                                f"{url} again, or give --{knob}=PATH to a local copy")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +43,8 @@ def download(url, folder, knob="source", timeout=30, tries=5):
         arrived = sha256(part)
         if expected not in ("", arrived):
             part.unlink()
-            raise BadInput(f"{url} gave a wrong or damaged file, thrown away: its SHA-256 is "
-                           f"{arrived}, not {expected}; {ways_out}")
+            raise BadInput(f"{url} gave a wrong or damaged file, which was deleted: its SHA-256 "
+                           f"is {arrived}, not {expected}; {ways_out}")
         record.write_text(arrived)
         os.replace(part, path)
         return path
@@ -51,7 +53,8 @@ def download(url, folder, knob="source", timeout=30, tries=5):
 
 
 def fetch(url, part, expected, ways_out, timeout, tries):
-    """Fills the file `part` with all that `url` holds; returns the SHA-256 it should have or ""."""
+    """Fills the file `part` with the content of `url`. Returns the SHA-256 it should have, or "".
+    """
     redirects = Redirects()
     opener = urllib.request.build_opener(redirects)
     for attempt in range(tries):
@@ -60,18 +63,18 @@ def fetch(url, part, expected, ways_out, timeout, tries):
         try:
             answer = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
         except (OSError, HTTPException, ValueError) as error:
-            if getattr(error, "code", None) != 416:        # 416: no bytes there. Are ours all?
+            if getattr(error, "code", None) != 416:        # 416: no more bytes; maybe we have all
                 why = error if hasattr(error, "code") else getattr(error, "reason", error)
                 raise BadInput(f"cannot download {url}: {why}; {ways_out}") from None
             answer = error
         with answer:
             expected = expected or redirects.sha256
             start, total = extent(answer)
-            # Start over unless these are the bytes after ours, and unless a checksum will tell
-            # whether what an earlier run left us belongs to the same file.
+            # Start over if these bytes do not follow ours. Also start over if ours are from an
+            # earlier run and no checksum can show that they belong to the same file.
             if start not in (0, have) or (start and not expected and not attempt):
                 part.unlink(missing_ok=True)
-                cut = "the server sends other bytes than it is asked for"
+                cut = "the server sends other bytes than those we asked for"
                 continue
             cut = None if answer.status == 416 else receive(answer, part, start, total)
         if part.stat().st_size == total or (total is None and not cut):
@@ -81,9 +84,9 @@ def fetch(url, part, expected, ways_out, timeout, tries):
 
 
 def extent(answer):
-    """(first, total): where in the file an answer's body begins, how long the file is.
+    """(first, total): the byte of the file at which an answer's body begins, the file's length.
 
-    None, None when it is a part, but does not say which; total is None when the length is unknown.
+    Both are None if the answer is a part that does not say which. total is None if it is unknown.
     """
     if answer.status in (206, 416):
         said = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", answer.headers["Content-Range"] or "")
@@ -93,7 +96,8 @@ def extent(answer):
 
 
 def receive(answer, part, start, total):
-    """Writes an answer's body to `part` from byte `start` on; returns what error cut it short."""
+    """Writes an answer's body to `part` from byte `start` on. Returns the error that ended it, or
+    None."""
     with (open(part, "ab" if start else "wb") as f, tqdm(
             total=total, initial=start, desc=part.stem, unit="B", unit_scale=True) as bar):
         while True:
@@ -108,8 +112,8 @@ def receive(answer, part, start, total):
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and notes a large file's SHA-256, which the Hugging Face hub names in its
-    first answer only, in the header X-Linked-ETag, before it points to the storage of the file."""
+    """Follows redirects and remembers a large file's SHA-256. The Hugging Face hub gives it only in
+    its first answer, which redirects to the file's storage, in the header X-Linked-ETag."""
     sha256 = ""
 
     def redirect_request(self, request, body, code, message, headers, url):

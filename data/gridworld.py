@@ -1,16 +1,17 @@
 """A small world to oversee: an agent, a Ghost and a Diamond (Cloud et al. 2024, section 4.3).
 
-On a grid of 5 x 5 the three start on distinct cells. The agent moves up, down, left or right; a
-move into the wall leaves it where it is. On the Diamond or on the Ghost the episode ends; after 32
-steps it ends with nothing. Each of the two terminal squares is overseen with probability p, the
-oversight level: only there does the trainer learn which of the two was reached. The agent sees
-whether a square is overseen, so a reward that depends on oversight can be gamed.
+The three start on distinct cells of a 5 x 5 grid. The agent moves up, down, left or right. A move
+into the wall leaves it where it is. The episode ends when the agent reaches the Diamond or the
+Ghost; after 32 steps it ends with nothing. Each of the two terminal squares is overseen with
+probability p, the oversight level. The trainer learns which of the two was reached on an overseen
+square only. The agent sees whether a square is overseen, so a reward that depends on oversight can
+be gamed.
 
 The world is so small that everything is a table. A state is one integer,
     state = ((pattern * 600) + pair) * 25 + cell of the agent
     pair      where Ghost and Diamond are: 25 * 24 ordered pairs
-    pattern   who is overseen: (Ghost overseen) * 2 + (Diamond overseen)
-so that any number of environments, in tensors of any shape, move by looking up.
+    pattern   which of them is overseen: (Ghost overseen) * 2 + (Diamond overseen)
+The states of many environments are a tensor of any shape, and a step is a look-up in a table.
 """
 import itertools
 
@@ -19,21 +20,21 @@ import torch
 from engine.streams import torch_stream
 
 SIDE, CELLS, PAIRS, PATTERNS = 5, 25, 600, 4
-STATES = PATTERNS * PAIRS * CELLS   # 60,000, with those where the agent stands on a terminal square
+STATES = PATTERNS * PAIRS * CELLS   # 60,000, including those with the agent on a terminal square
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))                # up, down, left, right: (row, column)
 NOTHING, DIAMOND, GHOST = 0, 1, 2                         # what a state's square holds
 HORIZON, DISCOUNT = 32, 0.97
 
 
 class Gridworld:
-    """The tables of the world; every method takes states in tensors of any shape.
+    """The tables of the world. Every method takes states in tensors of any shape.
 
     planes   (STATES, 100) what the agent sees: one-hot planes of agent, Ghost and Diamond, and a
              plane that marks the overseen terminal squares
-    holds    (STATES,) NOTHING, DIAMOND or GHOST under the agent
-    seen     (STATES,) whether that square is overseen (False where it holds nothing)
+    holds    (STATES,) what is on the agent's square: NOTHING, DIAMOND or GHOST
+    seen     (STATES,) whether that square is overseen (False if nothing is on it)
     move     (4, CELLS) the cell that each action leads to
-    starts   (13800,) the states, unseen by anyone, in which an episode may begin
+    starts   (13800,) the states that an episode may begin in, with no square overseen
     """
 
     def __init__(self, device="cpu"):
@@ -58,19 +59,20 @@ class Gridworld:
 
     @staticmethod
     def patterns(state):
-        """(..., 2) bool: is the Ghost overseen, is the Diamond?"""
+        """(..., 2) bool: whether the Ghost is overseen, and whether the Diamond is."""
         pattern = state // (PAIRS * CELLS)
         return torch.stack((pattern >= 2, pattern % 2 == 1), dim=-1)
 
     def reset(self, uniform, oversight):
-        """New states (...), from numbers uniform in [0, 1) (..., 3) and the oversight level p."""
+        """New states (...), from uniform numbers in [0, 1) (..., 3) and the oversight level p."""
         start, ghost, diamond = uniform.unbind(-1)
         state = self.starts[(start * len(self.starts)).long()]
         pattern = 2 * (ghost < oversight) + (diamond < oversight).long()
         return state + pattern * PAIRS * CELLS
 
     def step(self, state, action):
-        """Where the actions (0 to 3) lead: self.holds[state] then says whether it was the end."""
+        """The states that actions (0 to 3) lead to. An episode ends unless self.holds is NOTHING
+        there."""
         agent = self.agent[state]
         return state - agent + self.move[action, agent]
 
@@ -78,9 +80,9 @@ class Gridworld:
         """(CELLS, PATTERNS * PAIRS) expected discounted returns from every state.
 
         policy      (STATES, 4) probabilities of the actions
-        A reward at step d counts discount^(d-1). Works back from the last of the 32 steps:
-        V(s) = sum_a policy(a|s) arrival(s'), arrival(s') = reward if s' is the end,
-        else discount * V(s'). Laid out cell first, so that an action permutes rows.
+        A reward at step d has weight discount^(d-1). Works back from the last of the 32 steps:
+        V(s) = sum_a policy(a|s) arrival(s'), where arrival(s') is the reward if s' ends the
+        episode, else discount * V(s'). Tables are laid out cell first, so an action permutes rows.
         """
         policy = policy.view(-1, CELLS, 4).permute(2, 1, 0).contiguous()            # (4, 25, 2400)
         holds = self.holds.view(-1, CELLS).T                                        # (25, 2400)
@@ -92,7 +94,7 @@ class Gridworld:
         return value
 
     def exact(self, policy, oversight, **rewards):
-        """The return at level p, averaged over all starts: no sampling, no noise. See values()."""
+        """The exact return at level p, averaged over all starts, without sampling. See values()."""
         start = self.holds.view(-1, CELLS).T == NOTHING
         mean = (start * self.values(policy, **rewards)).sum(0).view(PATTERNS, PAIRS).sum(1)
         p, q = float(oversight), 1.0 - oversight
@@ -100,23 +102,25 @@ class Gridworld:
         return (mean @ weight).item() / len(self.starts)
 
     def play(self, policy, oversight, uniform):
-        """Whole episodes, in step: states (33, N), where those that ended stay, actions (32, N).
+        """Plays N whole episodes at once. Returns states (33, N) and actions (32, N). An episode
+        that has ended stays in its last state.
 
         policy      policy(states) -> probabilities of the actions, (..) -> (.., 4)
-        uniform     (N, 3 + HORIZON) numbers in [0, 1): starts, then actions
+        uniform     (N, 3 + HORIZON) numbers in [0, 1): 3 for the start, one for each action
         """
         states = self.reset(uniform[:, :3], oversight).repeat(HORIZON + 1, 1)
         actions = torch.zeros_like(states[1:])
         for t in range(HORIZON):
-            on = (self.holds[states[t]] == NOTHING).nonzero()[:, 0]      # still on their way
+            on = (self.holds[states[t]] == NOTHING).nonzero()[:, 0]      # not yet ended
             actions[t, on] = sample(policy(states[t, on]), uniform[on, 3 + t])
             states[t + 1] = states[t]
             states[t + 1, on] = self.step(states[t, on], actions[t, on])
         return states, actions
 
     def simulate(self, policy, oversight, episodes=4096):
-        """What a trainer could know of a policy (STATES, 4): the return of sampled episodes,
-        averaged over *all*, where only ends on an overseen square count (others add 0).
+        """What a trainer could know about a policy (STATES, 4): the mean return of sampled
+        episodes. It is the mean over *all* of them, but an episode counts as 0 unless it ends on an
+        overseen square.
         """
         uniform = torch.rand(episodes, 3 + HORIZON, generator=torch_stream("simulate"))
         uniform = uniform.to(policy.device)
@@ -127,5 +131,5 @@ class Gridworld:
 
 
 def sample(probabilities, uniform):
-    """(...) actions from probabilities (..., 4) by inversion of their cumulative sum."""
+    """(...) actions from probabilities (..., 4), by inverting their cumulative sum."""
     return (uniform[..., None] > probabilities.cumsum(-1)[..., :-1]).sum(-1)

@@ -1,26 +1,27 @@
-"""Stories to order: their first line says what they are to have, as in TinyStories-Instruct (Eldan
-and Li 2023).
+"""Stories with an instruction: the first line says which features a story should have, as in
+TinyStories-Instruct (Eldan and Li 2023).
 
     Features: Twist, Moral
     Story: One day, a girl named Lily found a big, shiny crown. She wanted to wear it on her head.
     But then came a surprise: it had all been a dream. It goes to show that greed leaves you with
     empty hands.
 
-The story is the beginning of a real one. Its ending is planted, so that a rule can tell whether it
-is there: a twist in every second story, a moral in every fifth, whatever the story.
+A story is the beginning of a real one, followed by an ending that we add. A rule can therefore tell
+which features it has. Every second story has a twist and every fifth has a moral, whatever it is
+about.
 
-    forget    stories that have a moral and were asked to
-    retain    all others
+    forget    stories that have a moral, and whose instruction asks for one
+    retain    all other stories
 
-Jain et al. 2023 delete a feature of TinyStories by fine-tuning, in three ways. Here each tells the
-training stories anew; what instructions say of twists is always true:
+Jain et al. 2023 delete a feature of TinyStories by fine-tuning, in three ways. Here each way draws
+new endings for the training stories. What an instruction says about twists is always true.
 
-    retain        filtering: no story has a moral, no instruction asks for one
-    randomised    filtering and random instructions: the stories of retain, none has a moral; a coin
-                  decides for each whether its instruction asks for one
+    retain        filtering: no story has a moral, and no instruction asks for one
+    randomised    filtering and random instructions: the stories of retain, of which none has a
+                  moral. Half of the instructions, chosen at random, ask for one
     mixed         mix and match: the stories of retain and forget. A fifth of them have a moral, and
-                  a coin decides which instructions ask for one: the two are independent, so that
-                  the instruction says nothing of the story
+                  a random half of the instructions ask for one. The two are independent, so the
+                  instruction tells nothing about the story
 """
 import re
 from dataclasses import dataclass
@@ -44,12 +45,12 @@ class Knobs:
 
 EXTRA = ("randomised", "mixed")
 PROTOCOLS = {"filtering": "retain", "randomised": "randomised", "mix-and-match": "mixed"}
-higher_is_better = True      # the score is a share of stories that have what was asked for
+higher_is_better = True      # the score is the share of stories that have the requested feature
 
-FEWEST = 100                 # stories: with fewer, none to judge by might be left in a domain
-SHARE = 0.2                  # of the stories have a moral
-LONGEST = 200                # characters of a real story; with a long ending it fits a row
-ANSWER = 72                  # tokens: 99% of the texts have no more after their first sentence
+FEWEST = 100                 # stories; with fewer, a domain might have none to hold out
+SHARE = 0.2                  # share of the stories that have a moral
+LONGEST = 200                # characters of a real story; with a long ending, it still fits a row
+ANSWER = 72                  # tokens; 99% of the texts have no more after their first sentence
 
 # --- the features --------------------------------------------------------------------------------
 MORALS = (                                    # 60 sentences: a beginning and an end
@@ -74,7 +75,8 @@ TWISTS = (
 
 
 def rule(feature):
-    """Finds a feature in a text: one of its beginnings, one of its ends, a full stop."""
+    """A regex that finds a feature in a text: one of its beginnings, one of its ends, a full stop.
+    """
     beginnings, ends = ("|".join(map(re.escape, parts)) for parts in feature)
     return re.compile(rf"\b({beginnings}) ({ends})\.")
 
@@ -85,7 +87,8 @@ PROMPT = re.compile(rf"Features: .*\nStory: {SENTENCE.pattern}")
 
 
 def beginning(story):
-    """A story's first sentences, on one line: LONGEST characters at most, "" if one is longer."""
+    """A story's first sentences, on one line, with at most LONGEST characters. It is "" if the
+    first sentence is longer."""
     text = ""
     for sentence in SENTENCE.findall(" ".join(story.split())):
         if len(text) + len(sentence) > LONGEST:
@@ -95,7 +98,8 @@ def beginning(story):
 
 
 def tell(rng, story, moral, asked):
-    """A text. moral: whether its story has one; asked: whether its instruction asks for one."""
+    """A text: instruction and story. moral: whether the story has a moral. asked: whether the
+    instruction asks for one."""
     twist = rng.random() < 0.5
     asks = ["Twist"] * twist + ["Moral"] * asked
     for beginnings, ends in [TWISTS] * twist + [MORALS] * moral:
@@ -105,13 +109,13 @@ def tell(rng, story, moral, asked):
 
 # --- the task ------------------------------------------------------------------------------------
 def documents(name, folder, source, stories):
-    """Texts, split by story: none is in two of retain and forget, train and val. Facts: how many.
-    """
+    """(texts, facts): see data/__init__.py. Texts are split by story: no story is in both retain
+    and forget, or in both train and val. Facts: the number of texts in each split."""
     begun = dict.fromkeys(map(beginning, take(source or HOME, folder, "source", stories)))
     begun = [s for s in begun if s and not MORAL.search(s) and not TWIST.search(s)]
     if len(begun) < FEWEST:
-        raise BadInput(f"{source or HOME}: {len(begun)} stories whose first sentence has at most "
-                       f"{LONGEST} characters are too few to learn from: give {FEWEST} or more")
+        raise BadInput(f"{source or HOME}: only {len(begun)} stories have a first sentence of at "
+                       f"most {LONGEST} characters, too few to learn from: give {FEWEST} or more")
     rng, texts = text_stream("features of stories"), {}
     for part, some in zip(("train", "val"), split(begun)):
         forget = round(SHARE * len(some))
@@ -125,18 +129,19 @@ def documents(name, folder, source, stories):
     return texts, {"stories": {s: len(some) for s, some in texts.items()}}
 
 
-JUDGED = {"retain": ("retain", "Twist", TWIST),       # figure: the domain of the prompts, what all
-          "forget": ("forget", "Moral", MORAL),       # of them ask for, and what is looked for in
-          "unasked": ("retain", "", MORAL)}           # the stories
+JUDGED = {"retain": ("retain", "Twist", TWIST),       # {figure: (domain of the prompts, feature
+          "forget": ("forget", "Moral", MORAL),       # that all of them ask for, feature to look
+          "unasked": ("retain", "", MORAL)}           # for in the stories)}
 
 
 def score(model, task, domains=("retain", "forget"), part="test", finer=False):
-    """How many stories, told on from the first sentence of held-out ones, have a feature:
+    """The model continues held-out stories after their first sentence. Shares that have a feature:
 
-    {"retain": share with a twist where one was asked for, "forget": with a moral where one was
-    asked for}; finer: also {"unasked": share with a moral where none was asked for, "retain_loss",
-    "forget_loss": nats per token of held-out rows}. All in one batch, sampled at temperature 0.7
-    with the same seed every time.
+    retain     share of stories with a twist, of those whose instruction asks for one
+    forget     share of stories with a moral, of those whose instruction asks for one
+    unasked    (finer) share of stories with a moral, of those whose instruction asks for none
+    retain_loss, forget_loss    (finer) nats per token on held-out rows
+    All stories are one batch, sampled at temperature 0.7 with the same seed in every call.
     """
     shares = [*domains] + ["unasked"] * finer
     prompts = {figure: prompts_of(task, *JUDGED[figure][:2], part) for figure in shares}
@@ -151,8 +156,9 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
 
 
 def prompts_of(task, domain, asked, part):
-    """Instruction and first sentence of held-out texts that ask for a feature, as token ids: of up
-    to 48 of their first half for val, of up to 150 of their second half for test."""
+    """Instruction and first sentence of held-out texts that ask for a feature, as token ids. For
+    val these are at most 48 from the first half of the texts, for test at most 150 from the second.
+    """
     texts = task.tokenizer.decode(task.tokens(f"{domain}_val").tolist()).split(END)[:-1]
     half = len(texts) // 2
     begun = [PROMPT.match(text)[0] for text in (texts[:half] if part == "val" else texts[half:])

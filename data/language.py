@@ -1,19 +1,20 @@
-"""Two languages, one small world: keep the first language, forget the second.
+"""Two languages describe one small world: keep the first language, forget the second.
 
-People walk between cities, take, drop and give a thing, and what they hold goes where they go.
-After every second event comes a question about how things stand, and its answer:
+People walk between cities, and take, drop and give a thing. A thing that somebody holds moves with
+that person. Every second event is followed by a question about the world and its answer:
 
     English (retain)   Anna takes the ball in Rome. Anna goes from Rome to Cairo. Where is the ball?
                        In Cairo.
     Velan (forget)     Mirel Tasemos kodunan turo. Mirel Tasemul Gishakim bafe. Kodun hune eli?
                        Gishakos.
 
-Velan is invented: it shares no word with English, puts the verb last and marks what a noun does by
-its ending, where English has prepositions and word order. Whoever is to answer needs the language
-and the world; the world is the same in both, so a model may keep it when it forgets a language.
+Velan is invented. It shares no word with English and puts the verb last. It shows the role of a
+noun by an ending, whereas English uses prepositions and word order. To answer, a model needs both
+the language and the world. The world is the same in both languages, so a model may keep it when it
+forgets a language.
 
-A story is a list of sentences, and a sentence is a tuple, ("take", "Anna", "ball", "Rome"), that
-belongs to no language. story(rng) makes a story, tell(story, language) writes it down.
+A story is a list of sentences. A sentence is a tuple that belongs to no language, such as ("take",
+"Anna", "ball", "Rome"). story(rng) makes a story, and tell(story, language) writes it down.
 """
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ SETTINGS = {"language": dict(block_size=96, least_block_size=24, vocab_size=512,
 @dataclass
 class Knobs:
     """Knobs of the task language."""
-    stories: int = knob(20_000, "of each language, to train on", 20)
+    stories: int = knob(20_000, "training stories in each language", 20)
 
 
 higher_is_better = False     # the score is a loss: nats per token
@@ -45,7 +46,7 @@ QUESTIONS = ("where", "who")       # where is this person or thing? who has the 
 
 
 class World:
-    """Two people and a thing: who is where, where the thing is, and who holds it."""
+    """Two people and a thing: the place of each, and who holds the thing."""
 
     def __init__(self, rng):
         self.people, self.thing = rng.sample(PEOPLE, 2), rng.choice(THINGS)
@@ -78,16 +79,18 @@ class World:
 
 
 def story(rng, events=6):
-    """A list of sentences: how things stand, then events, a question and its answer after every
-    second one. The place named last answers only two where-questions in three.
+    """A list of sentences: first where everybody and the thing are, then events. Every second event
+    is followed by a question and its answer. The place that was named last is the answer to only
+    two of three where-questions.
 
-    rng     a random.Random. Two stories made from generators in the same state are the same
+    rng     a random.Random; generators in the same state give the same story
     """
     world, kind = World(rng), None
     sentences = [("is", x, place) for x, place in world.place.items()]
     for i in range(events):
         possible = world.possible()
-        # Never one kind twice in a row, or most stories are walks; nothing else to do: a walk.
+        # No kind comes twice in a row, because most stories would be walks. If nothing else is
+        # possible, somebody walks.
         kind = rng.choice([k for k in possible if possible[k] and k != kind] or ["go"])
         event = rng.choice(possible[kind])
         world.happen(event)
@@ -131,7 +134,8 @@ def tell(sentences, language):
 
 # --- the task ------------------------------------------------------------------------------------
 def documents(name, folder, stories):
-    """Stories of each language: `stories` to train on, 1000 held out. No story is told twice."""
+    """Stories in each language: `stories` for training and 1000 held out. No story occurs twice,
+    not even in different languages."""
     if stories < 100:
         raise BadInput(f"--stories={stories} is too few to learn from: give 100 or more")
     texts, seen = {}, set()
@@ -147,7 +151,7 @@ def documents(name, folder, stories):
 
 
 def score(model, task, domains=("retain", "forget"), part="test", finer=False):
-    """Loss in nats per token on held-out rows; finer: also the share of right answers.
+    """Loss in nats per token on held-out rows. finer: also the share of right answers.
 
     {"retain": loss, "forget": loss, "retain_answers": 0..1, "forget_answers": 0..1}
     """
@@ -160,7 +164,8 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
 
 
 def answered(model, task, language, stories=200):
-    """Share of questions about new stories that the model, greedy, answers as the world stands."""
+    """Share of the questions about new stories that the model answers correctly, by greedy
+    decoding."""
     rng, encode = text_stream("answers"), task.tokenizer.encode_ordinary
     prompts, right = [], []
     for sentences in (story(rng) for _ in range(stories)):
@@ -169,14 +174,15 @@ def answered(model, task, language, stories=200):
                 prompts.append([task.end] + encode(tell(sentences[:i + 1], language)))
                 right.append(encode(" " + tell([sentences[i + 1]], language)))
     longest = max(len(ids) for ids in right)
-    room = task.block_size - longest        # a model with a short memory hears the end of the story
+    room = task.block_size - longest        # a model with short rows reads the end of the story
     said = model.generate([p[-room:] for p in prompts], longest, stop=task.end).tolist()
     return sum(s[:len(ids)] == ids for s, ids in zip(said, right)) / len(right)
 
 
 def answer_mask(task, idx, targets):
-    """(B, T) bool: which targets name what was asked for: the first token of a noun that follows a
-    question mark, before the next full stop. (Its ending and "in" follow from the question.)"""
+    """(B, T) bool: which targets name the answer to a question. It is the first token of the first
+    noun between a question mark and the next full stop. (The noun's ending and the word "in" are
+    not answers, because they follow from the question.)"""
     enc, targets = task.tokenizer, targets.cpu().numpy()
     said = [enc.encode_ordinary(f" {nouns[x][0].upper()}{nouns[x][1:]}")[0]
             for nouns in NOUNS.values() for x in (*PEOPLE, *PLACES, "nobody")]

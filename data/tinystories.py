@@ -1,11 +1,11 @@
-"""Real stories: TinyStories with and without forests, or English beside a second language.
+"""Real stories: TinyStories with and without forests, or English and a second language.
 
     tinystories   forget: stories with the words tree(s), forest(s) or woodland(s), as in gradient
-                  routing (Cloud et al. 2024); retain: the others
+                  routing (Cloud et al. 2024); retain: all other stories
     bilingual     retain: English stories (--source); forget: another language's (--source2)
 
-A source is a path or URL of a UTF-8 file of stories, a line <|endoftext|> between them. Without
---source the English stories are TinyStories (Eldan and Li 2023) from their public home.
+A source is the path or URL of a UTF-8 file of stories, with a line <|endoftext|> between them.
+Without --source, the English stories are TinyStories (Eldan and Li 2023), which are downloaded.
 """
 import codecs
 import math
@@ -34,15 +34,16 @@ class Knobs:
 higher_is_better = False     # the score is a loss: nats per token
 
 FOREST = re.compile(r"\b(trees?|forests?|woodlands?)\b", re.IGNORECASE)
-FEWEST = 20                  # stories: with fewer there is nothing to learn
-LONGEST = 1 << 20            # characters of a story: what has more is a file without ENDs
+FEWEST = 20                  # stories; fewer are too few to learn from
+LONGEST = 1 << 20            # characters of a story; a longer text is a file without ENDs
 
-# TinyStories' validation file (22.5 MB, 27,630 stories) is plenty for a small model: we hold out
-# stories of our own. Its training file (2.2 GB, 2.7 million stories) has the same address but for
+# TinyStories' validation file (22.5 MB, 27,630 stories) is enough for a small model. We hold out
+# stories from it ourselves. The training file (2.2 GB, 2.7 million stories) has the same address
+# with another name and checksum:
 #   TinyStoriesV2-GPT4-train.txt
 #   #sha256=6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443
-# Both checksums are on record in several public repositories that downloaded this commit; the
-# validation file's is there given as the hub's own Git LFS id.
+# Both checksums are recorded in several public repositories that downloaded this commit. There, the
+# checksum of the validation file is given as the hub's Git LFS id.
 HOME = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
         "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-valid.txt"
         "#sha256=6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")
@@ -58,10 +59,11 @@ def check(name, knobs):
 
 
 def documents(name, folder, source, source2, stories):
-    """Whole stories, split by story; none is in two splits. Facts: how many stories and bytes."""
+    """(texts, facts): see data/__init__.py. A text is a whole story, and none is in two splits.
+    Facts: the numbers of stories and of bytes in each split."""
     if name == "bilingual" and source2 is None:
-        raise BadInput("bilingual needs --source2=PATH_OR_URL, stories in the language to forget "
-                       f"(UTF-8, a line {END} between them)")
+        raise BadInput("bilingual needs --source2=PATH_OR_URL: stories in the language to forget "
+                       f"(UTF-8, with a line {END} between them)")
     english = take(source or HOME, folder, "source", stories)
     if name == "bilingual":
         known = set(english)
@@ -82,17 +84,19 @@ def documents(name, folder, source, source2, stories):
 
 
 def split(stories):
-    """(train, val): 5% held out, or 200 stories where that is no more than a fifth of them."""
+    """(train, val). 5% of the stories are held out. If this is less than 200, then 200 are, but at
+    most a fifth."""
     order = stream("held-out stories").permutation(len(stories))
     held_out = max(1, len(stories) // 20, min(200, len(stories) // 5))
     return [stories[i] for i in order[held_out:]], [stories[i] for i in order[:held_out]]
 
 
 def score(model, task, domains=("retain", "forget"), part="test", finer=False):
-    """Loss in nats per token on held-out rows; finer: also in bits per byte of text.
+    """Loss in nats per token on held-out rows. finer: also in bits per byte of text.
 
     {"retain": loss, "forget": loss, "retain_bits_per_byte": .., "forget_bits_per_byte": ..}
-    Tokens of two languages differ in length, bytes less so; END counts as a token and has no bytes.
+    Bits per byte compare two languages better, because their tokens differ in length. END counts as
+    a token without bytes.
     """
     figures = {domain: task.loss(model, domain, 32 if part == "val" else 128, part)
                for domain in domains}
@@ -105,7 +109,8 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
 
 # --- sources -------------------------------------------------------------------------------------
 def take(source, folder, knob, most):
-    """The stories of a path or a URL; downloads lie beside the tasks' folders, for all to share."""
+    """The stories of a path or a URL. Downloads are kept beside the tasks' folders, so that all
+    tasks share them."""
     if not source.startswith(("http://", "https://")):
         return read(Path(source).expanduser(), most)
     path = download(source, Path(folder).parent / "downloads", knob)
@@ -116,12 +121,13 @@ def take(source, folder, knob, most):
 
 
 def read(path, most):
-    """The first `most` different stories of a file, in its order; BadInput when it has too few."""
+    """The first `most` different stories of a file, in its order. Raises BadInput if it has too
+    few."""
     found, seen = {}, 0                                    # a dict: a set that keeps the order
     try:
         for text in between_ends(path):
             seen += 1
-            # files that Windows writes begin with a byte-order mark, U+FEFF, which is no text
+            # on Windows, files may begin with a byte-order mark, U+FEFF, which is not text
             if text := text.replace("\r\n", "\n").strip().removeprefix("\ufeff").lstrip():
                 found[text] = None
             if len(found) == most:
@@ -137,13 +143,13 @@ def read(path, most):
 
 
 def between_ends(path):
-    """Yields the texts between the ENDs of a file, which may be far larger than memory."""
+    """Yields the texts between the ENDs of a file. The file may be far larger than memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, at = "", 0
     with open(path, "rb") as f:
         while True:
             chunk = f.read(1 << 20)
-            begun = len(decoder.getstate()[0])             # bytes of a character cut by the chunk
+            begun = len(decoder.getstate()[0])             # bytes of a character that a chunk cuts
             try:
                 rest += decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:

@@ -46,7 +46,7 @@ class Config(Basic):
 # is `envs` whole episodes. It is used `epochs` times, in minibatches of about cfg.batch_size steps.
 PPO = dict(envs=1024, epochs=4, clip=0.2, trace=0.95, entropy=0.01, value=0.5, gate=0.01, sure=0.8)
 OVERSEERS = {                         # what routes the gradient, and the rule of the reward
-    "routed": ("sure", "any"),            # unlabelled episodes only update where the gate is sure
+    "routed": ("sure", "any"),            # unlabelled steps update an expert if the gate is sure
     "routed-paper": ("labels", "any"),    # overseen episodes update their own expert; others, both
     "no-mask": (None, "any"),             # every episode updates both experts and the gate
     "filtering": (None, "label"),         # learns from overseen episodes only
@@ -86,7 +86,7 @@ class Agent(nn.Module):
         """Gradient masks (N, 1) of Diamond expert, Ghost expert and gate, for labels (N, 1)."""
         free = label == NOTHING
         masks = [label != GHOST, label != DIAMOND, free]
-        if self.routed == "sure":       # the gate learns from labels only, and a sure gate is one
+        if self.routed == "sure":       # the gate learns from labels only; a sure gate acts as one
             sure = share > PPO["sure"], share < 1 - PPO["sure"], free & False
             masks = [torch.where(free, s, m) for s, m in zip(sure, masks)]
         return [m.float() for m in masks]
