@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one run writes at a time."""
+"""Files that are either complete or missing, and folders that only one run writes at a time."""
 import hashlib
 import io
 import json
@@ -14,16 +14,17 @@ from engine.knobs import BadInput
 
 try:
     import fcntl
-except ImportError:              # Windows: two runs at once in one folder are not noticed there
+except ImportError:              # on Windows, two runs in one folder are not noticed
     fcntl = None
 
-OURS = ".nanounlearn.tmp"        # ends the names of files that are being written
-SEAL = b"sha256:"                # a sealed file is its content, then SEAL and the content's digest
+OURS = ".nanounlearn.tmp"        # the end of the names of files that are being written
+SEAL = b"sha256:"                # a sealed file is its content, then SEAL, then the digest
 
 
 def write(path, content):
-    """Bytes, or an iterable of them, to a file, all or nothing: a temporary file beside it is
-    flushed and then renamed. BadInput when that fails, on a full disk say: the old file stays.
+    """Writes bytes, or an iterable of them, to a file, all or nothing. For this, it writes and
+    flushes a temporary file beside it and then renames that. If this fails, for example on a full
+    disk, raises BadInput and keeps the old file.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{OURS}")
@@ -42,8 +43,8 @@ def write(path, content):
 
 
 def flush(folder):
-    """Has the system write down which files a folder holds: a rename may else be lost to a power
-    cut while a later change is not."""
+    """Flushes a folder's list of files to disk. Otherwise a power cut may undo a rename but not a
+    later change."""
     if fcntl:
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -53,15 +54,15 @@ def flush(folder):
 
 
 def remove_leftovers(folder):
-    """What write() had begun when a run was killed: for the one run that has the folder. Other
-    files, whatever they are called, are not ours to remove."""
+    """Removes the temporary files of write() that a killed run left in a folder. Call it only while
+    this run has the folder locked. Other files, whatever their names, are not removed."""
     for partial in Path(folder).glob(f"**/*{OURS}"):
         if partial.is_file():
             partial.unlink()
 
 
 def sha256(path):
-    """Hex digest of a file; empty for a missing one."""
+    """Hex digest of a file, or "" if the file is missing."""
     if not Path(path).exists():
         return ""
     digest = hashlib.sha256()
@@ -71,18 +72,18 @@ def sha256(path):
     return digest.hexdigest()
 
 
-RACY = 2 * 10**9             # nanoseconds: a file changed so lately may change again unseen
+RACY = 2 * 10**9             # nanoseconds; a file this new may change again with the same time
 
 
 def fingerprint(path, last=None, knob="source"):
     """{"sha256", "size", "modified", "seen"} (times in ns) of a regular file.
 
-    last   an earlier fingerprint: where size and time of change are still the same, and lay well
-           before it was taken, the content is not read again
+    last   an earlier fingerprint. The content is not read again if size and time of change are the
+           same, and if the change was more than RACY before that fingerprint
     """
     try:
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode):               # a pipe, <(zcat ..): it is read twice
+        if not stat.S_ISREG(about.st_mode):               # a pipe, <(zcat ..), is read only once
             raise BadInput(f"cannot read {path}: --{knob} needs a regular file or a URL")
         if last and (about.st_size, about.st_mtime_ns) == (last["size"], last["modified"]) and (
                 last["seen"] > last["modified"] + RACY):
@@ -94,7 +95,7 @@ def fingerprint(path, last=None, knob="source"):
 
 
 def write_sealed(path, content):
-    """A dict of tensors and plain values to a file, by torch.save, with its digest at the end."""
+    """Writes a dict of tensors and plain values by torch.save, with its digest at the end."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     body = buffer.getvalue()
@@ -103,8 +104,8 @@ def write_sealed(path, content):
 
 
 def read_sealed(path, device="cpu"):
-    """What write_sealed wrote; ValueError, in one line, when any byte of it is another. Pickles
-    that hold more than tensors and plain values are refused and not run.
+    """The dict that write_sealed wrote. Raises ValueError, one line, if any byte has changed. A
+    pickle that contains more than tensors and plain values is refused and not run.
     """
     content = Path(path).read_bytes()
     cut = len(content) - len(SEAL) - 32
@@ -114,22 +115,22 @@ def read_sealed(path, device="cpu"):
                          f"again")
     try:
         return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
-    except Exception as error:                    # what is no pickle of ours may raise anything
+    except Exception as error:                    # other files may raise any exception
         raise ValueError(f"{path} is not a file of this project ({type(error).__name__})") from None
 
 
 def digest(content):
-    """SHA-256 of a dict's JSON."""
+    """Hex SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def lock(folder, wait=False):
-    """Takes a folder for this process and returns the open file that stands for it: a second run
-    that asks for the folder waits, or is refused (BadInput). A process that ends, in whatever way,
-    takes nothing with it."""
+    """Locks a folder for this process and returns an open file descriptor, which holds the lock. If
+    another run has the folder, waits or raises BadInput. The lock ends with the process, however
+    the process ends."""
     if not fcntl:
         return None
-    taken = os.open(folder, os.O_RDONLY)                  # the folder itself: leaves no file
+    taken = os.open(folder, os.O_RDONLY)                  # locks the folder itself: no lock file
     try:
         fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -146,7 +147,7 @@ def lock(folder, wait=False):
 
 @contextmanager
 def locked(folder, wait=False):
-    """A folder that is this process's until the `with` ends."""
+    """Locks a folder for this process until the `with` ends."""
     taken = lock(folder, wait)
     try:
         yield
@@ -155,11 +156,11 @@ def locked(folder, wait=False):
             os.close(taken)
 
 
-TAKEN = {}                       # folders that this process writes in, until it ends: {path: lock}
+TAKEN = {}                       # {path: lock}: folders that are locked until this process ends
 
 
 def take(folder):
-    """Takes a folder for as long as this process lives, and clears away what a killed run left."""
+    """Locks a folder until this process ends, and removes what a killed run left in it."""
     if (folder := Path(folder).resolve()) not in TAKEN:
         TAKEN[folder] = lock(folder)
         remove_leftovers(folder)

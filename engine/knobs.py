@@ -1,13 +1,13 @@
-"""A command line from a dataclass: one field a knob, with its default, its reason and its range.
+"""A command line from a dataclass. A knob is a field with a default, a reason and a range.
 
     @dataclass
     class Config:
         lr: float = knob(1e-3, "why this matters", low=0, high=1)
 
     cfg = command_line(Config, "what --help says first")
-Knobs of one class stand together in --help, under the first sentence of its docstring.
-Knobs are typed by their annotation: int, float, str, FilePath, bool, list[...], or `... | None`,
-where None is written auto and stands for the task's own choice.
+--help groups knobs by class, under the first sentence of the class's docstring. A knob's annotation
+is its type: int, float, str, FilePath, bool, list[...], or `... | None`. The command line writes
+None as auto, which means the task's own choice.
 """
 import argparse
 import dataclasses
@@ -22,11 +22,11 @@ from dataclasses import field
 
 
 class BadInput(Exception):
-    """Something the user gave cannot be used: one line that says what, and what to do."""
+    """Some input of the user cannot be used. The message is one line: the problem and a way out."""
 
 
 def knob(default, why, low=None, high=None, choices=None):
-    """A dataclass field with a reason and a range. None is shown as auto: the task's own choice."""
+    """A dataclass field with a reason and a range. None is shown as auto, the task's own choice."""
     about = {"why": why, "low": low, "high": high, "choices": choices}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
@@ -34,7 +34,7 @@ def knob(default, why, low=None, high=None, choices=None):
 
 
 class Minutes(float):
-    """A time, written with its unit: 5m."""
+    """A time in minutes, written with its unit, for example 5m."""
 
     def __new__(cls, value):
         if isinstance(value, str):
@@ -48,15 +48,17 @@ class Minutes(float):
 
 
 class FilePath(str):
-    """A path, in which ~ is the user's home; a URL or a model's name is left as it is."""
+    """A path, in which a leading ~ is replaced by the user's home. URLs and names of models stay
+    unchanged."""
 
     def __new__(cls, value):
         return super().__new__(cls, os.path.expanduser(value))
 
 
 def convert(text, kind):
-    """A command-line string as kind (a type, kind | None, list[kind]); ValueError if it is not."""
-    if isinstance(kind, types.UnionType):                 # the first that fits: float | str
+    """Converts a command-line string to kind: a type, kind | None, or list[kind]. Raises ValueError
+    if it cannot."""
+    if isinstance(kind, types.UnionType):                 # the first that fits, in float | str
         if text == "auto":
             return None
         for option in typing.get_args(kind):
@@ -78,7 +80,7 @@ def convert(text, kind):
 
 
 def show(value):
-    """The inverse of convert."""
+    """A value as it is written on a command line: the inverse of convert."""
     if isinstance(value, list):
         return ",".join(map(show, value))
     if isinstance(value, bool):
@@ -87,7 +89,7 @@ def show(value):
 
 
 def check(name, value, choices, low, high):
-    """BadInput when a knob's value, or one in its list, lies outside its choices or range."""
+    """Raises BadInput if a knob's value, or one in its list, is outside its choices or range."""
     for v in value if isinstance(value, list) else [value]:
         if choices and isinstance(v, str) and v not in choices:
             raise BadInput(f"--{name}={v}: choose from {', '.join(choices)}")
@@ -98,9 +100,10 @@ def check(name, value, choices, low, high):
 
 
 def command_line(config, story, argv=None, moved={}):
-    """Parses --knob=value (or --knob value) into a `config` dataclass; bad ones raise BadInput.
+    """Parses --knob=value (or --knob value) into a `config` dataclass. Raises BadInput for unknown
+    knobs and bad values.
 
-    moved   {"--knob=value": the command that has taken its place}
+    moved   {"--knob=value": the command that replaces it}
     """
     any_task = config
     if hasattr(config, "for_task"):                     # a task may have knobs of its own
@@ -127,7 +130,7 @@ def command_line(config, story, argv=None, moved={}):
         "Knobs of this script") for each in classes if each in owner.values()}
     about = {}
     for f in dataclasses.fields(config):
-        if not f.metadata:                              # set by the script, not on a command line
+        if not f.metadata:                              # set by the script, not by the user
             continue
         about[f.name] = dict(f.metadata)
         why, choices = about[f.name].pop("why"), about[f.name]["choices"]
@@ -150,7 +153,7 @@ def command_line(config, story, argv=None, moved={}):
             f.name == name and f.metadata for f in dataclasses.fields(any_task.for_task(task)))]
         if tasks:
             raise BadInput(f"--{name} is no knob of the task {chosen}, but of "
-                           f"{', '.join(tasks)}: choose by --task")
+                           f"{', '.join(tasks)}: choose one with --task")
         raise BadInput(f"unknown knob {text!r}" + (f": did you mean --{near[0]}?" if near
                                                    else "; --help lists them"))
     values = {}

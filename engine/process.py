@@ -1,6 +1,6 @@
-"""A script as a process: how it begins, is told to stop, and ends; alone or one of several.
+"""A script as a process: how it starts, stops and ends, alone or as one of several processes.
 
-torchrun starts the same script several times and tells each who it is by environment variables.
+torchrun starts the same script several times. Environment variables tell each process its number.
 """
 import ctypes
 import os
@@ -20,8 +20,8 @@ from engine.knobs import BadInput, command_line
 
 
 def launched(env):
-    """(rank, world, local rank) that torchrun tells: 0, 1, 0 for a process alone, whatever RANK
-    says. BadInput when only a part of it is there."""
+    """(rank, world, local rank) from torchrun's variables in env. A single process is (0, 1, 0),
+    whatever RANK is. Raises BadInput if only some of the variables are set."""
     if env.get("WORLD_SIZE", "") in ("", "1"):
         return 0, 1, 0
     needed = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
@@ -31,23 +31,24 @@ def launched(env):
     if not wrong and int(said["RANK"]) >= int(said["WORLD_SIZE"]):
         wrong = ["RANK"]
     if wrong:
-        raise BadInput("the environment is half of torchrun's: " + ", ".join(
+        raise BadInput("torchrun's environment variables are incomplete or wrong: " + ", ".join(
             f"{name}={said[name]}" if said[name] else f"no {name}" for name in wrong)
-            + f" beside WORLD_SIZE={said['WORLD_SIZE']}; start several processes with torchrun, or "
-            "unset WORLD_SIZE for one")
+            + f", with WORLD_SIZE={said['WORLD_SIZE']}; start several processes with torchrun, or "
+            "unset WORLD_SIZE for one process")
     return tuple(int(said[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
-# RANK: which process this is: 0 reports and writes. WORLD: how many train together. LOCAL_RANK:
-# which of this machine's GPUs is this one's
+# RANK: the number of this process; process 0 reports and writes. WORLD: the number of processes.
+# LOCAL_RANK: the number of the GPU, on this machine, that this process uses
 try:
     RANK, WORLD, LOCAL_RANK = launched(os.environ)
-except BadInput:                                    # run() says so
+except BadInput:                                    # run() will report it
     RANK, WORLD, LOCAL_RANK = 0, 1, 0
 
 
 def run(main, config, story, moved={}):
-    """A script's entry: command line, main(cfg); what the user got wrong is one line and exit 2."""
+    """Runs a script: parses the command line and calls main(cfg). A mistake of the user gives one
+    line and exit status 2."""
     reuse_memory()
     with consoles():
         perform(main, config, story, moved)
@@ -67,22 +68,23 @@ def perform(main, config, story, moved):
         sys.exit(complain(error, 2))
     except KeyboardInterrupt as stop:
         by, = stop.args[1:] or [signal.SIGINT]
-        sys.exit(complain(stop.args[0] if stop.args else "interrupted; models made are kept, run "
-                          "the same command again", 128 + by))
+        sys.exit(complain(stop.args[0] if stop.args else "interrupted; models that were made are "
+                          "kept, run the same command again", 128 + by))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("(out of|allocate) memory",
                                                                 str(error)):
             raise
         sys.exit(complain("out of memory: a smaller --batch_size, --block_size or model needs "
-                          "less; what is on disk is whole", 2))
+                          "less; the files on disk are complete", 2))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 class Console:
-    """A stream to print to that never fails. What it cannot show is replaced; where nobody reads
-    on, on a full disk, or when it was closed from the start, the text is lost and the run goes on.
+    """An output stream that never fails. Characters that it cannot show are replaced. If its pipe
+    is closed, its disk is full, or it was closed from the start, the text is lost and the run
+    continues.
     """
 
     def __init__(self, stream):
@@ -100,7 +102,7 @@ class Console:
         try:
             return getattr(self.stream, what)(*given)
         except (OSError, ValueError):
-            # what is still in its buffer would be written once more when Python ends
+            # otherwise Python would try to write the rest of the buffer again when it ends
             with suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             self.stream = open(os.devnull, "w")
@@ -111,7 +113,7 @@ class Console:
 
 @contextmanager
 def consoles():
-    """stdout and stderr as Consoles. torchrun: the first process speaks for all."""
+    """Makes stdout and stderr Consoles. With torchrun, only the first process prints to stdout."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Console(None if RANK else sys.stdout), Console(sys.stderr)
     try:
@@ -123,38 +125,39 @@ def consoles():
 
 
 def end_at_once(number, frame):
-    raise KeyboardInterrupt("terminated; models made are kept, run the same command again", number)
+    raise KeyboardInterrupt("terminated; models that were made are kept, run the same command "
+                            "again", number)
 
 
 @contextmanager
 def deferred_signals():
-    """SIGINT and SIGTERM do not end the program here: they are put on the list that this yields,
-    so that a step can be finished and saved. A second one ends it."""
+    """Inside the `with`, SIGINT and SIGTERM do not end the program. They are appended to the list
+    that this yields, so that a step can be finished and saved. A second signal ends the program."""
     asked, before = [], {}
 
     def ask(number, frame):
         asked.append(number)
-        if WORLD == 1:                              # torchrun passes on each signal twice
+        if WORLD == 1:                              # with torchrun, each signal arrives twice
             restore()
 
     def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    main = threading.current_thread() is threading.main_thread()      # others may not set handlers
+    main = threading.current_thread() is threading.main_thread()      # only it may set handlers
     for number in (signal.SIGINT, signal.SIGTERM) if main else ():
         before[number] = signal.signal(number, ask)
     try:
         yield asked
     finally:
         restore()
-    if asked:                                       # after all, and too late to be looked at
+    if asked:                                       # a signal that nobody has handled
         signal.raise_signal(asked[0])
 
 
 def reuse_memory():
-    """Tells glibc to keep what is freed. A step's tensors of some MB are otherwise given back to
-    the kernel, which hands out zeroed pages again at the next step: 15% of a small CPU step.
+    """Tells glibc to keep freed memory. Otherwise a step's tensors of some MB are returned to the
+    kernel, which gives out zeroed pages again at the next step. This costs 15% of a small CPU step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -170,14 +173,14 @@ def complain(message, status):
 
 
 def data_parallel(model):
-    """The model, its gradients averaged over all processes as they are computed."""
-    with warnings.catch_warnings():                 # torch 2.13 has a new name for the argument
+    """The model, with gradients averaged over all processes while they are computed."""
+    with warnings.catch_warnings():                 # torch 2.13 renames the argument
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
 
 
 def any_process(yes, device):
-    """Whether it is so in any process."""
+    """Whether `yes` is true in any of the processes."""
     count = torch.tensor(float(yes), device=device)
     dist.all_reduce(count)
     return count.item() > 0

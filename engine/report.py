@@ -1,4 +1,4 @@
-"""What every story leaves behind: a table for people, JSON rows for scripts, a picture."""
+"""The results of every story: a table for people, JSON rows for scripts, and a picture."""
 import dataclasses
 import io
 import json
@@ -12,8 +12,8 @@ from engine.process import RANK
 
 
 def table(rows, columns, digits=2):
-    """Prints dicts as one aligned table. columns: {key: header}; digits: decimals of floats. Two,
-    for a score's own error is about 0.02; the rows on disk have all."""
+    """Prints dicts as one aligned table. columns: {key: header}. digits: decimals of floats; two by
+    default, because a score's error is about 0.02. The rows on disk have all digits."""
     def text(value):
         return ("-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else
                 str(value))
@@ -27,8 +27,8 @@ def table(rows, columns, digits=2):
 
 
 def say_edges(rows, cfg, name="model"):
-    """One line where the worst rate is the smallest or largest of those tried, at the attack's last
-    step: then the grid is too small, and a rate beyond it may be worse. rows: with attacked()."""
+    """Prints a note if, at the attack's last step, the worst rate is the smallest or largest one
+    tried. A rate outside the grid may then be worse. rows have the figures of attacked()."""
     last, edges = str(cfg.attack_steps[-1]), {}
     for row in rows:
         if row["rates"][last] in (min(cfg.lrs), max(cfg.lrs)):
@@ -39,14 +39,14 @@ def say_edges(rows, cfg, name="model"):
 
 
 def mean(rows, figure):
-    """Mean of a figure, a function of a row, over rows; None where any of them has none."""
+    """Mean over rows of a figure, which is a function of a row. None if a row's figure is None."""
     values = [figure(row) for row in rows]
     return None if None in values else statistics.mean(values)
 
 
 def mean_sd(values, digits=2):
-    """"0.89 ±0.05": mean and standard deviation of what is not None; of one value, that. Where
-    some are None, how many are not: "0.89 ±0.05 (2 of 3)"."""
+    """"0.89 ±0.05": mean and standard deviation of the values that are not None; no deviation for
+    a single value. If some are None, says how many are not: "0.89 ±0.05 (2 of 3)"."""
     there = [v for v in values if v is not None]
     if not there:
         return None
@@ -56,23 +56,23 @@ def mean_sd(values, digits=2):
 
 
 def mean_steps(most):
-    """For over_seeds: mean and spread of steps until something was reached; "> 800" where a run of
-    `most` was too short."""
+    """For over_seeds: mean and spread of the steps until something was reached. Gives "> 800" if
+    `most` (800) steps were not enough in some run."""
     return lambda steps: f"> {most}" if None in steps else mean_sd(steps, 0)
 
 
 def how_many(came_true):
-    """"2/3": true in two of the three cases that are not None."""
+    """"2/3" if two of the three values that are not None are true."""
     known = [yes for yes in came_true if yes is not None]
     return f"{sum(known)}/{len(known)}" if known else None
 
 
 def over_seeds(rows, keys, figures):
-    """A table's lines from rows of several seeds: one for each combination of what the rows have
-    under `keys`, in order, with the mean and spread (see mean_sd) of each figure.
+    """A table's lines from rows of several seeds. There is one line for each combination of values
+    that the rows have under `keys`, in order. It has each figure's mean and spread (see mean_sd).
 
-    figures   {column: a function of a row, or the name of what stands there}; where the mean with
-              two digits is not right, a pair of that and the digits, or a function of all values
+    figures   {column: figure}. A figure is a key of a row or a function of a row. It may also be a
+              pair of that and either the number of digits (default: 2) or a function of all values
     """
     groups = {}
     for row in rows:
@@ -89,8 +89,8 @@ def over_seeds(rows, keys, figures):
 
 
 def folder_of(cfg):
-    """OUT/TASK/, where rows and pictures go, made if it is missing. BadInput if nothing can be
-    written there."""
+    """OUT/TASK/, the folder for rows and pictures, which is made if it is missing. Raises BadInput
+    if it is not writable."""
     folder = Path(cfg.out) / cfg.task
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -99,9 +99,9 @@ def folder_of(cfg):
 
 
 def write_rows(script, cfg, task, rows):
-    """OUT/TASK/SCRIPT.json: {"config", "rows"}; auto knobs as they were resolved.
+    """Writes OUT/TASK/SCRIPT.json: {"config", "rows"}. Auto knobs have the values that were used.
 
-    task   what the knobs left to it; None for experiments without text
+    task   gives the values of knobs that were left to it; None for experiments without text
     """
     if RANK:
         return
@@ -114,20 +114,20 @@ def write_rows(script, cfg, task, rows):
     print(f"rows: {path}")
 
 
-# Okabe and Ito's palette, told apart by colour-blind readers
+# Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
 
 
 def picture(name, cfg, draw, *given, panels=None):
-    """Saves OUT/TASK/NAME.png, which draw(ax, *given) draws; draw(axes, *given) on several panels.
-    Where that cannot be (no matplotlib, a full disk, anything else), one line says so: the rows
-    are there.
+    """Saves OUT/TASK/NAME.png, drawn by draw(ax, *given), or by draw(axes, *given) if it has
+    several panels. If that fails (no matplotlib, a full disk, anything else), prints one line and
+    continues, because the rows are saved already.
     """
     if RANK:
         return
-    os.environ["MPLBACKEND"] = "agg"                  # Colab names one that is not everywhere
+    os.environ["MPLBACKEND"] = "agg"                  # Colab sets a backend that may be missing
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -148,8 +148,8 @@ def picture(name, cfg, draw, *given, panels=None):
 
 # --- pictures that several stories draw ----------------------------------------------------------
 def draw_relearning(ax, task, curves, unseen={}):
-    """Worst-case forget score against attack steps; curves: {name: {step: score}}. unseen: the same
-    on what neither training nor the attack shows, dotted."""
+    """Draws the worst-case forget score against attack steps. curves: {name: {step: score}}.
+    unseen: the same for data that neither training nor the attack shows, drawn dotted."""
     styles = {"filtered": dict(color="black", linestyle="--", linewidth=2.5)}
     for name, points in curves.items():
         line, = ax.plot(list(points), list(points.values()), marker="o", markersize=4,
@@ -174,7 +174,7 @@ def scale(task):
 
 
 def draw_probes(ax, probes, chance):
-    """probes: {name: [accuracy by block]}."""
+    """Draws accuracies against blocks. probes: {name: [accuracy by block]}."""
     for name, found in probes.items():
         ax.plot(range(1, len(found) + 1), found, marker="o", markersize=4, label=name)
     ax.axhline(chance, color="grey", linestyle=":", label="commonest answer")
@@ -184,7 +184,7 @@ def draw_probes(ax, probes, chance):
 
 
 def draw_pruning(ax, task, pruned, domain):
-    """pruned: {name: {K: scores}}; dotted: as many random neurons."""
+    """Draws scores against neurons cut. pruned: {name: {K: scores}}. Dotted: random neurons."""
     for name, found in pruned.items():
         line, = ax.plot(list(found), [at[domain] for at in found.values()], marker="o",
                         markersize=4, label=name)
@@ -198,7 +198,7 @@ def draw_pruning(ax, task, pruned, domain):
 
 
 def draw_revival(ax, task, curves, domain):
-    """curves: {name: {step: score}}; the control, which never had it, is dashed."""
+    """Draws scores against steps. curves: {name: {step: score}}. Controls are dashed."""
     for name, points in curves.items():
         style = dict(color="black", linestyle="--") if name.startswith("control") else {}
         ax.plot(list(points), list(points.values()), label=name, **style)
@@ -208,8 +208,8 @@ def draw_revival(ax, task, curves, domain):
 
 
 def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
-    """Losses after ablation by label fraction, and relearning curves at the largest; methods in
-    dotted and dashed are drawn so."""
+    """Draws losses after ablation against the label fraction, and relearning curves at the largest
+    fraction. `dotted` and `dashed` name the methods with such lines."""
     def of(method, fraction, figure):
         return mean([row for row in rows if (row["method"], row["label_fraction"])
                      == (method, fraction)], figure)
@@ -238,7 +238,8 @@ def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
 
 
 def draw_attention(ax, heads, names, tokens, title):
-    """heads (how many, T): where the last of these tokens looks, one line a head."""
+    """Draws the attention of the last of these tokens, one line for each head. heads: (number of
+    heads, T)."""
     ax.imshow(heads, aspect="auto", cmap="Blues", vmin=0, vmax=0.6)
     ax.set(xticks=range(len(tokens)), xticklabels=tokens, yticks=range(len(names)),
            yticklabels=names, xlabel="tokens of a question", ylabel="block.head", title=title)
@@ -248,8 +249,8 @@ def draw_attention(ax, heads, names, tokens, title):
 
 
 def draw_grid(ax, hacks, contexts, before, title):
-    """hacks[i][j]: share of hacks after generating under context i and training under context j.
-    White is the share before."""
+    """Draws a grid of hack rates. hacks[i][j] is the rate after generating under context i and
+    training under context j. White is the rate before training."""
     change = [[(x - before) / (before if x < before else 1 - before) for x in row] for row in hacks]
     ax.imshow(change, cmap="RdBu_r", vmin=-1.3, vmax=1.3)
     for i, row in enumerate(hacks):

@@ -1,9 +1,9 @@
-"""Models on disk, with all that they were made with; missing ones are made.
+"""Models on disk, each with everything that it was made with. Missing models are made.
 
     model, record = obtain("base", cfg, task, made_with, make)
     model, saved = load(path_of("base", cfg), task)
 
-A seed's models lie in OUT/TASK/seedN/; where a task has variants, in OUT/TASK/VARIANT/seedN/.
+A seed's models are in OUT/TASK/seedN/, or in OUT/TASK/VARIANT/seedN/ if the task has variants.
 """
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from model import read_model, write_model
 
 @dataclass
 class Checkpoint:
-    """Where fit() leaves a run's state: <name>.resume.pt, until the model is made."""
+    """Where fit() keeps a run's state until the model is made: <name>.resume.pt."""
     path: Path
     made_with: dict
 
@@ -28,12 +28,12 @@ def models_of(cfg):
 
 
 def path_of(name, cfg):
-    """Of a model by its name (a path that ends in .pt stands for itself)."""
+    """The path of a model with this name. A name that ends in .pt is a path already."""
     return Path(name) if name.endswith(".pt") else models_of(cfg) / f"{name}.pt"
 
 
 def identity(made_with):
-    """Twelve hex digits that stand for everything that went into a model."""
+    """Twelve hex digits that identify everything a model was made with."""
     return digest(made_with)[:12]
 
 
@@ -48,7 +48,7 @@ WAYS_OUT = ": --remake=true makes it again, another --out keeps both"
 
 
 def same_knobs(path, was, now, other=WAYS_OUT):
-    """BadInput where what a file was made with is not what this run asks for."""
+    """Raises BadInput if a file was made with other knobs than this run asks for."""
     for key in now | was:
         if was.get(key) != now.get(key):
             raise BadInput(f"{path} was made with {key}={was.get(key)}, this run asks for "
@@ -56,7 +56,8 @@ def same_knobs(path, was, now, other=WAYS_OUT):
 
 
 def load(path, task):
-    """(model, the dict saved). BadInput when the file is missing, damaged, or of another task."""
+    """(model, the saved dict). Raises BadInput if the file is missing, damaged, or of another task.
+    """
     model, saved = read(path, task.device)
     made_with = saved["made_with"]
     if made_with["task"] != task.name:
@@ -69,13 +70,14 @@ def load(path, task):
 
 
 def obtain(name, cfg, task, made_with, make, quiet=False):
-    """The model called `name`: from disk, or made and saved if it is missing.
+    """The model called `name`: read from disk, or made and saved if it is missing.
 
-    made_with    everything its weights depend on. A file made with anything else, or damaged, is
-                 BadInput; with cfg.remake it is made again, and replaced when the new one is whole
-    make(checkpoint)   -> (model, record of fit); the Checkpoint is for fit(), which goes on where a
-                 stopped run of the same model ended
-    quiet        says nothing: for models of seconds, made by the dozen
+    made_with    everything that its weights depend on. Raises BadInput if the file was made with
+                 something else or is damaged. With cfg.remake, the model is made again instead,
+                 and the file is replaced once the new model is complete
+    make(checkpoint)   -> (model, record of fit). The Checkpoint is for fit(), which continues where
+                 a stopped run of the same model ended
+    quiet        prints nothing, for the many models that take only seconds to make
     """
     path = path_of(name, cfg)
     made_with = json.loads(json.dumps({"task": task.name, "data": task.data_id} | made_with))

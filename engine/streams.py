@@ -1,14 +1,14 @@
-"""Random numbers: every use has a stream of its own, named by a text and some numbers.
+"""Random numbers: every use has its own stream, named by a text and some numbers.
 
     stream("rows", "retain", seed, step)     numpy.random.Generator
     torch_stream("weights", "base", seed)    torch.Generator, on the CPU or another device
     text_stream("exam", "+")                 random.Random
-    seed_of("relearn", seed)                 an int: the seed of all that serves another purpose
+    seed_of("relearn", seed)                 an int, to pass on as the seed for a purpose
 
-Streams of different names or numbers are independent: each is seeded by a SHA-256 of all of them.
-(Seeds made by adding, or numpy's lists of integers, whose trailing zeros do not count, collide.)
-Nothing else in this project seeds a generator; where two runs are to share numbers, they name the
-same stream, and the docstring there says so.
+Streams with different names or numbers are independent, because each is seeded by a SHA-256 of its
+name and numbers. (Seeds made by addition can collide. So can numpy's lists of integers, because
+their trailing zeros do not count.) Nothing else in this project seeds a generator. If two runs
+should share numbers, they name the same stream, and the docstring there says so.
 """
 import hashlib
 import json
@@ -19,7 +19,7 @@ import torch
 
 
 def key(name, *numbers):
-    """256 bits that stand for a name and numbers (or further names)."""
+    """256 bits that identify a name and numbers (or further names)."""
     return int.from_bytes(hashlib.sha256(json.dumps([name, *numbers]).encode()).digest(), "big")
 
 
@@ -33,8 +33,8 @@ def stream(name, *numbers):
 
 
 def torch_stream(name, *numbers, device="cpu"):
-    """On a CPU torch uses 32 bits of a seed: among a thousand streams the chance that any two are
-    the same is 1 in 8,600."""
+    """On a CPU, torch uses only 32 bits of a seed. Among a thousand streams, the chance that any
+    two are the same is 1 in 8,600."""
     return torch.Generator(device).manual_seed(seed_of(name, *numbers))
 
 
@@ -43,10 +43,10 @@ def text_stream(name, *numbers):
 
 
 def allot(shares, size, rng):
-    """How many of `size` rows each of some shares (they need not add up to 1) gets: (k,) int64.
+    """(k,) int64: how many of `size` rows each of k shares gets. Shares need not add up to 1.
 
-    One random number moves all borders (systematic sampling), so that the numbers add up to size,
-    none is off by 1 or more, and their mean is each share exactly, however small.
+    One random number shifts all borders (systematic sampling). The numbers of rows add up to size,
+    each differs from its exact share by less than 1, and its mean is exactly that share.
     """
     borders = np.cumsum(shares)
     borders = np.floor(borders[:-1] / borders[-1] * size + rng.random())
