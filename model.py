@@ -241,7 +241,7 @@ class GPT(nn.Module):
         return found
 
     def residuals(self, idx, cache=None, hook=None):
-        """The residual stream (B, T, C) after the embedding and after each block: n_layer + 1."""
+        """List of n_layer + 1: the residual (B, T, C) after the embedding and after each block."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens in a row, but block_size is {self.config.block_size}")

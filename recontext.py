@@ -111,8 +111,8 @@ def divergence(log_probs, reference):
 
 
 def advantages(reward):
-    """(B, n) rewards of n answers to each prompt, in standard deviations from their mean (GRPO:
-    Shao et al. 2024)."""
+    """The rewards (B, n) of n answers to each prompt, as numbers of standard deviations from the
+    prompt's mean (GRPO: Shao et al. 2024)."""
     return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
 
 

@@ -68,7 +68,7 @@ class World:
         kind, who = event[:2]
         if kind == "go":
             self.place[who] = event[3]
-            if who == self.holder:                           # what is held goes along
+            if who == self.holder:                           # the thing moves with its holder
                 self.place[self.thing] = event[3]
         else:
             self.holder = {"take": who, "drop": "nobody", "give": event[3]}[kind]

@@ -136,7 +136,7 @@ class Oversight:
         states, actions, advantages, values, labels = (
             x[:HORIZON][live] for x in (states, actions, advantages, values, labels))
         logps = self.agent(see(states))[0].float().log_softmax(-1).gather(1, actions[:, None])[:, 0]
-        torch.clear_autocast_cache()          # it holds the weights, cast without their gradients
+        torch.clear_autocast_cache()          # it has weights that were cast without gradients
         return states, actions, logps, advantages, advantages + values, labels
 
     def minibatches(self):
