@@ -179,7 +179,7 @@ def draw_probes(ax, probes, chance):
         ax.plot(range(1, len(found) + 1), found, marker="o", markersize=4, label=name)
     ax.axhline(chance, color="grey", linestyle=":", label="commonest answer")
     ax.set(xlabel="block", ylabel="accuracy of a linear probe", xticks=range(1, len(found) + 1),
-           ylim=(0, 1.02), title="Is it still in there?")
+           ylim=(0, 1.02), title="Linear probes")
     ax.legend(fontsize=9)
 
 
@@ -191,7 +191,7 @@ def draw_pruning(ax, task, pruned, domain):
         ax.plot(list(found), [at[f"random_{domain}"] for at in found.values()], linestyle=":",
                 color=line.get_color())
     ax.set(xlabel="MLP neurons cut out (dotted: at random)", ylabel=f"{domain} {measure(task)}",
-           title="Does cutting neurons bring it back?", yscale=scale(task))
+           title="Score after cutting neurons", yscale=scale(task))
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.35 * (high - low))                # room for the names
     ax.legend(fontsize=9, ncols=2, loc="upper left")
@@ -203,7 +203,7 @@ def draw_revival(ax, task, curves, domain):
         style = dict(color="black", linestyle="--") if name.startswith("control") else {}
         ax.plot(list(points), list(points.values()), label=name, **style)
     ax.set(xlabel="steps of reverse fine-tuning", ylabel=f"{domain} {measure(task)}",
-           title="How soon is it back?", yscale=scale(task))
+           title="Score during reverse fine-tuning", yscale=scale(task))
     ax.legend(fontsize=9)
 
 

@@ -382,7 +382,7 @@ def refuses(home, script, arguments, *culprits):
     ("undo", ["--method=oracle"], ["--method=oracle"]),
     ("unlearn", ["--method=nope"], ["--method=nope", "maxent"]),
     ("unlearn", ["--lr=fast"], ["--lr=fast"]),
-    ("unlearn", ["--method=finetune", "--lr=S", "--out=new"], ["--lr=S", "names no rates"]),
+    ("unlearn", ["--method=finetune", "--lr=S", "--out=new"], ["--lr=S", "no named rates"]),
     ("unlearn", ["--method=finetune", "--c_tr=0.5", "--out=new"], ["--c_tr=0.5", "arithmetic"]),
     ("unlearn", ["--method=rmu", "--layer=2", *UNLEARN], ["--layer=2", "1 blocks"]),
     ("eval", ["--what=nothing"], ["--what=nothing"]),
