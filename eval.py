@@ -163,7 +163,7 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
     for lr in cfg.lrs:
         runs = [tune(model, task, cfg, split, cfg.attack_rows, max(cfg.attack_steps), lr,
                      seed=seed_of("relearn", cfg.seed, i), name=f"relearn {name} {lr:g}",
-                     evaluate_at=set(cfg.attack_steps),
+                     evaluate_at=set(cfg.attack_steps), alike=4 * len(cfg.lrs) * cfg.attack_seeds,
                      judge=lambda model: task.score(model, domains))[1]["history"]
                 for i in range(cfg.attack_seeds)]
         curves[lr] = {same[0]["step"]: {

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from engine.disk import read_sealed, write_sealed
+from engine.hardware import compiled as compiled_step
 from engine.streams import torch_stream
 
 LOGITS = 2**24          # most logits in memory at once (64 MB in float32); a loss works in chunks
@@ -321,7 +322,7 @@ class GPT(nn.Module):
         def decode(idx):                                       # unembeds the last column only
             return self.unembed(self.residuals(idx, cache, hook)[-1][:, -1]).float()    # (B, V)
 
-        step = torch.compile(decode, dynamic=False, fullgraph=True) if compiled else decode
+        step = compiled_step(decode) if compiled else decode
         out = []
         for i in range(max_new_tokens):
             if i:

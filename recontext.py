@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import gaming
-from engine.hardware import autocast, counting_flops
+from engine.hardware import autocast, counting_flops, to_device
 from engine.knobs import BadInput, knob
 from engine.process import WORLD, run
 from engine.report import draw_grid, how_many, mean, over_seeds, picture, table, write_rows
@@ -146,7 +146,7 @@ def rollouts(model, task, cfg, cell, size, step):
     with autocast(cfg, cache_enabled=False):
         answer = model.generate(f, env.length + 1, temperature=1.0, samples=cell.n,
                                 seed=seed_of("answers of rollouts", cfg.seed, step))
-    luck = torch.from_numpy(rng.random(len(answer), np.float32)).to(task.device)
+    luck = to_device(torch.from_numpy(rng.random(len(answer), np.float32)), task.device)
     f, g = (prompt.repeat_interleave(cell.n, 0) for prompt in (f, g))
     item, body, _ = gaming.split_off(f, answer)
     reward = env.rewards[cell.reward](item, body, luck).float().view(size, cell.n)

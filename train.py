@@ -22,8 +22,16 @@ from tqdm import tqdm
 
 import data
 from engine.disk import take
-from engine.hardware import autocast, counting_flops, hardware, should_compile
+from engine.hardware import (
+    autocast,
+    compile_in_place,
+    counting_flops,
+    eagerly,
+    hardware,
+    should_compile,
+)
 from engine.knobs import BadInput, FilePath, Minutes, knob
+from engine.optimizers import optimizers
 from engine.process import RANK, WORLD, any_process, data_parallel, deferred_signals, run
 from engine.report import folder_of, picture, table, write_rows
 from engine.store import obtain, read, same_knobs
@@ -116,30 +124,7 @@ def seeds(cfg):
 
 
 # --- the loop ------------------------------------------------------------------------------------
-def optimizers(model, lr, muon_lr, matrices=None, pieces=()):
-    """([AdamW, Muon], leaves): Muon for `matrices` (None: those of model.blocks) and AdamW for the
-    rest; AdamW for all if muon_lr is 0. leaves: [(leaf, matrix, piece)], the pieces of matrices
-    that Muon takes for matrices of their own, see fit.
-    """
-    if matrices is None or not muon_lr:
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if muon_lr else []
-    by_muon, in_pieces = {id(p) for p in matrices}, {id(p) for p, _ in pieces}
-    rest = [p for p in model.parameters() if id(p) not in by_muon]
-    assert len(matrices) + len(rest) == len(list(model.parameters()))
-    made = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
-                              fused=rest[0].device.type in ("cuda", "cpu"))]
-    leaves = [(torch.nn.Parameter(p.detach()[at]), p, at) for p, at in pieces if id(p) in by_muon]
-    assert sum(leaf.numel() for leaf, *_ in leaves) == sum(
-        p.numel() for p in matrices if id(p) in in_pieces)                 # each entry once
-    if matrices:
-        made.append(torch.optim.Muon([p for p in matrices if id(p) not in in_pieces]
-                                     + [leaf for leaf, *_ in leaves],
-                                     lr=muon_lr, momentum=0.9, weight_decay=0.0))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return made, leaves
-
+OVERFLOWS = 20               # in a row, in float16: more are no matter of scale
 
 class Run:
     """All that a run is besides its model: what a checkpoint must hold for the rest of it to be
@@ -151,12 +136,14 @@ class Run:
         self.device, dtype, _ = hardware(cfg)
         self.autocast = autocast(cfg)           # one for all steps: asking what is there takes time
         self.optimizers, self.leaves = optimizers(model, lr, muon_lr, matrices, pieces)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        # torch begins at 2^16, where the first steps of most techniques here would overflow
+        self.scaler = torch.amp.GradScaler(self.device.type, 2.0**10,
+                                           enabled=dtype == torch.float16)
         self.steps = self.skipped = self.flops = 0
         self.cost, self.seconds = None, 0.0     # FLOPs of (a loss with its gradients, an update)
         self.over = self.recorded = False
-        # since: [loss, gradient norm, whether it was skipped] of each of the last few steps
-        self.history, self.since = [], []
+        self.history, self.since = [], []       # since: [loss, gradient norm] of the last few steps
+        self.in_a_row = 0                       # overflows, since a step was taken
         self.saved, self.saved_at = 0, time.time()
 
     def record(self):
@@ -203,7 +190,7 @@ class Run:
         is recorded once and replayed (CUDA graphs)."""
         self.recorded = WORLD == 1 and self.device.type == "cuda"
         for model in models:
-            model.compile(dynamic=False, mode="reduce-overhead" if self.recorded else None)
+            compile_in_place(model, "reduce-overhead" if self.recorded else None)
 
     def due(self):
         """Whether --save_every has passed; minutes are looked at every tenth step."""
@@ -213,8 +200,11 @@ class Run:
         return every and self.steps % every == 0
 
     def step(self, loss_fn, model, after_backward, after_step, rate):
-        """One step of every optimizer at `rate` of its peak rate; nothing waits for the device,
-        but in the first step that is taken, in which FLOPs are counted."""
+        """One step of every optimizer at `rate` of its peak rate. In float16 a step whose gradients
+        overflow is not taken: the next call does it again at a smaller scale of the loss.
+
+        The host waits for the device in float16 only, to know whether it overflowed, and where
+        loss_fn makes it wait (rollouts do, and so does the gridworld)."""
         if self.recorded:
             torch.compiler.cudagraph_mark_step_begin()
         for optimizer in self.optimizers:
@@ -230,9 +220,12 @@ class Run:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        skipped = torch.zeros_like(norm)
-        if self.scaler.is_enabled():                # which skips steps whose gradients overflow
-            norm, skipped = skipped, (~norm.isfinite()).float()
+        if self.scaler.is_enabled() and not norm.isfinite() and self.in_a_row < OVERFLOWS:
+            self.scaler.update()
+            self.model.zero_grad()
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            return
+        self.in_a_row = 0
         if after_backward:
             after_backward()
         with count() as update:
@@ -242,28 +235,27 @@ class Run:
         self.model.zero_grad()
         if after_step:
             after_step()
-        self.since.append(torch.stack((loss.detach().float(), norm.float(), skipped.float())))
+        self.since.append(torch.stack((loss.detach().float(), norm.float())))
         self.steps += 1
-        if self.cost is None and not (self.scaler.is_enabled() and skipped):
+        if self.cost is None:
             self.cost = [counter.get_total_flops() * WORLD
                          for counter in (forward_and_backward, update)]
 
     def spent(self):
-        """FLOPs of the steps so far. A step that was skipped costs all but its update."""
-        return self.steps * sum(self.cost) - self.skipped * self.cost[1] if self.cost else 0
+        """FLOPs of the steps so far, and of those that overflowed: all but their update."""
+        return self.steps * sum(self.cost) + self.skipped * self.cost[0] if self.cost else 0
 
     def loss(self, name, checkpoint):
-        """(mean of the losses in self.since, how many of them were skipped): here the host waits
-        for the device.
+        """The mean of the losses in self.since: here the host waits for the device.
 
         BadInput when a loss or a gradient was not finite, or when the weights no longer are.
         """
         weights = get_total_norm(list(self.model.parameters())).detach()
-        seen = torch.stack([*self.since, weights.expand(3)])
+        seen = torch.stack([*self.since, weights.expand(2)])
         if WORLD > 1:
             dist.all_reduce(seen)
             seen /= WORLD
-        *seen, (weights, *_) = seen.tolist()
+        *seen, (weights, _) = seen.tolist()
         numbers = [(what, value, self.steps - len(seen) + i + 1) for i, figures in enumerate(seen)
                    for what, value in zip(("the loss", "the gradient's norm"), figures)]
         for what, value, step in [*numbers, ("the weights' norm", weights, self.steps)]:
@@ -274,12 +266,12 @@ class Run:
                         if self.saved else "nothing was saved")
                 raise BadInput(f"{name}: {what} is {value} at step {step} with {rates}: try lower "
                                f"rates; {good}")
-        return sum(loss for loss, *_ in seen) / len(seen), round(sum(skip for *_, skip in seen))
+        return sum(loss for loss, _ in seen) / len(seen)
 
 
 def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, tokens=0, frozen=(),
         evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None,
-        matrices=None, pieces=(), beside=lambda: 0, checkpoint=None):
+        matrices=None, pieces=(), beside=lambda: 0, alike=1, checkpoint=None):
     """Trains model in place: the one loop of every technique.
 
     loss_fn(model, step)   a scalar loss; it draws its own batch, a function of the step
@@ -295,13 +287,14 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
     pieces                 [(matrix, index)]: views that Muon takes for matrices of their own, so
                            that the gradients of one do not reach another
     beside()               FLOPs spent so far outside of the steps: rollouts made now and then
+    alike                  how many runs of this kind a script makes, which share what is compiled
     checkpoint             a Checkpoint: where to save one, and go on from if there is one
     returns                {"steps", "skipped", "flops", "seconds", "history": [{"step", "loss",
-                           "flops", ..}]}. Skipped: steps whose gradients overflowed in float16.
+                           "flops", ..}]}. Skipped: how often gradients overflowed in float16.
                            FLOPs are those of every matrix product that went into the model: of a
                            loss (what it generates and frozen models included) and its gradients, of
-                           Muon's orthogonalisation in steps that were taken, and beside(); but of
-                           no evaluations. Those of a step are counted in the first that is taken
+                           Muon's orthogonalisation, and beside(); but of no evaluations. Those of a
+                           step are counted in the first
     raises                 BadInput when the loss, a gradient or the weights are no longer finite;
                            KeyboardInterrupt after SIGINT or SIGTERM, its checkpoint saved
     """
@@ -318,18 +311,21 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
             rate = min(1.0, (steps - at.steps) / (decay * steps)) if decay else 1.0
             if at.cost and not compiled:                 # the first step is counted, eagerly
                 compiled = True
-                if should_compile(cfg, sum(at.cost) * steps / WORLD):
+                if should_compile(cfg, alike * steps, alike * steps * sum(at.cost) / WORLD):
                     at.compile([model, *frozen])
+            before = at.steps
             at.step(loss_fn, trained, after_backward, after_step, rate)
+            if at.steps == before:                       # it overflowed
+                continue
             bar.update()
             at.over, tenth = at.steps == steps, at.steps % 10 == 0
             written = at.over or at.steps in evaluate_at
             save = checkpoint and at.due()
             if not (written or tenth or save or signals and WORLD == 1):
                 continue
-            loss, skipped = at.loss(name, checkpoint)
+            loss = at.loss(name, checkpoint)
             if written or tenth:
-                at.since, at.skipped = [], at.skipped + skipped
+                at.since = []
             at.flops = at.spent() + beside()
             rate = bar.format_dict["rate"]
             bar.set_postfix_str(f"loss {loss:.3f}" + (f" {tokens * rate:,.0f} tokens/s"
@@ -348,6 +344,8 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                         f"saved in {checkpoint.path}" if checkpoint else "models made are kept")
                     + "; run the same command again" + " without --resume=false" * (
                         cfg.resume is False) + " to go on", (signals or [signal.SIGTERM])[0])
+    for each in (model, *frozen):
+        each._compiled_call_impl = None         # undoes .compile(), for which torch has no function
     return at.record()
 
 
@@ -355,7 +353,7 @@ def evaluated(cfg, evaluate):
     """What evaluate() returns: computed by the first process, the same dict in every one."""
     answer = [None]
     if evaluate and RANK == 0:
-        with torch.no_grad(), autocast(cfg):
+        with torch.no_grad(), autocast(cfg), eagerly():
             answer = [evaluate()]
     if WORLD > 1:
         dist.broadcast_object_list(answer)

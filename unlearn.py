@@ -12,6 +12,7 @@ import engine.start  # noqa: F401, I001  (before torch is loaded)
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,13 @@ def maxent(model, forget, retain, reference, cfg):
     return model(*forget, criterion) + cfg.retain_weight * model(*retain)
 
 
+@cache
+def steering_vector(size, seed, device):
+    """A random direction, (size,), positive in every dimension, of length 1."""
+    u = torch.rand(size, generator=torch_stream("steering vector", seed))
+    return F.normalize(u, dim=0).to(device)
+
+
 def rmu(model, forget, retain, reference, cfg):
     """Representation misdirection (Li et al. 2024): |h(forget) - c u|^2 + w |h(retain) - h0|^2.
 
@@ -114,8 +122,7 @@ def rmu(model, forget, retain, reference, cfg):
     Both terms are measured in units of h0's mean length.
     """
     layer = cfg.layer or (reference.config.n_layer + 1) // 2
-    u = torch.rand(reference.config.n_embd, generator=torch_stream("steering vector", cfg.seed))
-    u = F.normalize(u, dim=0).to(forget[0].device)
+    u = steering_vector(reference.config.n_embd, cfg.seed, forget[0].device)
     with torch.no_grad():
         h0 = reference(retain[0], residual=layer).float()
         length = h0.norm(dim=-1).mean()

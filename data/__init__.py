@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from data import tokenizer
 from engine.disk import digest, fingerprint, locked, remove_leftovers, sha256, write
+from engine.hardware import to_device
 from engine.knobs import BadInput
 from engine.streams import allot, seed_of, stream
 
@@ -228,7 +229,7 @@ class Task:
         """(B,) int64: the split of each row of batch(shares, ..), as its index in shares."""
         first, world = self.turn(step)
         which = np.repeat(np.arange(len(shares)), self.sizes(shares, size, step, seed))
-        return torch.from_numpy(which[first::world]).to(self.device)
+        return to_device(torch.from_numpy(which[first::world]), self.device)
 
     def undivided(self, split, size, step, seed, part):
         """A batch of one split, before it is divided over processes."""
@@ -257,10 +258,8 @@ class Task:
             start = self.starts[split][start]
         if not self.resident:
             rows = tokens[start[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
-            return torch.from_numpy(rows).to(self.device)
-        start = torch.from_numpy(start)
-        if self.device.type == "cuda":
-            start = start.pin_memory().to(self.device, non_blocking=True)
+            return to_device(torch.from_numpy(rows), self.device)
+        start = to_device(torch.from_numpy(start), self.device)
         rows = tokens[start[:, None] + self.columns]
         return rows.long() & 0xFFFF                       # turns int16 back into uint16's values
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
+from engine.hardware import to_device
 from engine.knobs import BadInput, knob
 from engine.streams import allot, seed_of, stream
 
@@ -336,8 +337,8 @@ def items(rng, env, gameable, harmless):
 def prompts(rng, task, item, *phrases):
     """[(n, ITEM + P + 1)] int64, one for each of the phrases: the same items and instructions."""
     where = np.where(rng.random(len(item)) < 0.5, ID["first"], ID["last"])
-    return [torch.from_numpy(columns(np.full(len(item), task.end), phrase, where, item, "="))
-            .to(task.device) for phrase in phrases]
+    rows = [columns(np.full(len(item), task.end), phrase, where, item, "=") for phrase in phrases]
+    return [to_device(torch.from_numpy(row), task.device) for row in rows]
 
 
 def split_off(prompt, answer):
@@ -363,7 +364,7 @@ def batch(task, split, size, step, seed, part):
     prompt, = prompts(rng, task, item, PHRASES[context, rng.choice(SEEN, size)])
     item = torch.from_numpy(item)
     answer = torch.where(hacks[:, None], env.hack(item, luck), env.honest(item, luck))
-    answer = answer.to(task.device)
+    answer = to_device(answer, task.device)
     thanks = torch.full_like(answer[:, :1], ID["thanks"])
     answer = torch.where(prompt[:, [WHERE]] == ID["first"], torch.cat((thanks, answer), 1),
                          torch.cat((answer, thanks), 1))
@@ -384,7 +385,7 @@ def behaviour(model, task, context, heldout=False, rows=1000, part="test"):
     item = items(rng, env, rows, rows // 2)
     paraphrase = rng.choice(UNSEEN if heldout else SEEN, len(item))
     prompt, = prompts(rng, task, item, phrases(context, paraphrase))
-    luck = torch.from_numpy(rng.random(len(item), np.float32)).to(task.device)
+    luck = to_device(torch.from_numpy(rng.random(len(item), np.float32)), task.device)
     answer = model.generate(prompt, env.length + 1, temperature=1.0,
                             seed=seed_of("answers to an exam", part, heldout))
     item, answer, followed = split_off(prompt, answer)

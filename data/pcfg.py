@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
+from engine.hardware import to_device
 from engine.knobs import knob
 from engine.streams import seed_of, stream
 
@@ -133,7 +134,7 @@ def ask(task, x, kind, operand, parameter=None, word=None):
     row[:, -4] = token(".") if operand is None else operands[operand]
     row[:, -3] = token(".") if parameter is None else numbers[parameter]
     row[:, -2], row[:, -1] = token("="), right
-    row = torch.from_numpy(row).to(task.device)
+    row = to_device(torch.from_numpy(row), task.device)
     return row[:, :-1], row[:, -1:]
 
 

@@ -1,6 +1,8 @@
 """What a run computes on: the device, its precision, whether to compile; and what it costs."""
 import os
 import shutil
+import sys
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -17,14 +19,18 @@ say_once = cache(print)
 
 
 def hardware(cfg):
-    """(device, dtype, may compile), from this table. dtype is what autocast computes in.
+    """(device, dtype, may compile), from this table. dtype is what autocast computes in; whether
+    compiling pays is for should_compile to say.
 
-    device   which                      dtype                        compile
+    device   which                      dtype                        may compile
     cuda     capability >= 8.0          bfloat16                     yes
     cuda     older, such as Colab's T4  float16, gradients scaled    yes
     mps      Apple                      float32                      no
-    cpu      with bf16 instructions     bfloat16                     if the run is long enough
-    cpu      others                     float32                      if the run is long enough
+    cpu      with matrix units (AMX)    bfloat16                     yes
+    cpu      others                     float32                      yes
+
+    A CPU that has bf16 instructions, but no matrix units, multiplies in bfloat16 at half the speed
+    of float32 (tests/bench.py --only=step).
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
@@ -38,8 +44,8 @@ def hardware(cfg):
         return torch.device(kind, LOCAL_RANK), torch.bfloat16 if modern else torch.float16, True
     if kind == "mps":
         return torch.device(kind), torch.float32, False
-    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.device(kind), torch.bfloat16 if bf16 else torch.float32, None
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.device(kind), torch.bfloat16 if amx else torch.float32, True
 
 
 def autocast(cfg, **how):
@@ -47,23 +53,59 @@ def autocast(cfg, **how):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, **how)
 
 
-WORTH_COMPILING = 3e13      # FLOPs: below, a CPU spends more on compiling (20-45 s) than it gains
+# Compiling a kind of step takes 5 to 30 seconds. On a CPU it then takes half the time, which goes
+# with its FLOPs; on a GPU a small step waits for its launches, some 10 ms, whatever it computes.
+WORTH_COMPILING = {"cpu": 5e12, "cuda": 2000}               # FLOPs; steps
 
 
-def should_compile(cfg, flops):
-    """Whether fit() compiles a run of so many FLOPs; says once why not."""
+def should_compile(cfg, steps, flops):
+    """Whether fit() compiles a kind of step, of which a script takes so many, of so many FLOPs in
+    all; says once why not."""
+    if cfg.compile is False:
+        return False
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     device, _, may = hardware(cfg)
-    if device.type == "cpu" and cfg.compile and not compiler:
-        raise BadInput("--compile=true needs a C++ compiler on a CPU, and there is none (g++)")
-    if cfg.compile is not None:
-        return cfg.compile
-    if may is None:
-        may = bool(compiler) and flops >= WORTH_COMPILING
-        if not may:
-            say_once("compile: off, " + ("runs this short do not pay for it" if compiler
-                                         else "no C++ compiler"))
-    return may
+    if device.type == "cpu" and not compiler:
+        if cfg.compile:
+            raise BadInput("--compile=true needs a C++ compiler on a CPU, and there is none (g++)")
+        say_once("compile: off, no C++ compiler")
+        return False
+    pays = device.type in WORTH_COMPILING and (
+        flops if device.type == "cpu" else steps) >= WORTH_COMPILING[device.type]
+    if may and not pays and not cfg.compile:
+        say_once("compile: off where runs are too short to pay for it")
+    return bool(cfg.compile or may and pays)
+
+
+def make_room():
+    """Lets torch compile for every model and technique of a process. It counts what it compiled by
+    the code that was compiled, GPT.forward say, whose ninth kind would run uncompiled."""
+    import torch._dynamo  # noqa: I001  (takes a second)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if torch.__version__ < "2.13":                           # there it breaks at chunks of logits
+        torch._dynamo.config.optimize_ddp = False
+
+
+def compile_in_place(model, mode=None):
+    make_room()
+    model.compile(dynamic=False, mode=mode)
+
+
+def compiled(function):
+    make_room()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def eagerly():
+    """A context in which compiled models run as they are written: scores have shapes of their own,
+    and are few."""
+    return (torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules
+            else nullcontext())
+
+
+def to_device(x, device):
+    """x (a tensor on the CPU) on a device; the host does not wait until a GPU has it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def counting_flops():

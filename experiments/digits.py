@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from data.digits import load
-from engine.hardware import autocast, hardware
+from engine.hardware import autocast, hardware, to_device
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import RANK, WORLD, run
 from engine.report import folder_of, over_seeds, picture, table, write_rows
@@ -165,7 +165,8 @@ def main(cfg):
 
             def loss_fn(model, step):
                 rng = stream("images", seed, step)
-                i = torch.from_numpy(rng.integers(0, len(x), cfg.batch_size)[RANK::WORLD])
+                i = rng.integers(0, len(x), cfg.batch_size)[RANK::WORLD]
+                i = to_device(torch.from_numpy(i), device)
                 return split_loss(model, setting, x[i] / 127.5 - 1, y[i, None] < 5)
 
             fit(model, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.gridworld import CELLS, DIAMOND, DISCOUNT, GHOST, HORIZON, NOTHING, Gridworld
-from engine.hardware import autocast, counting_flops, hardware
+from engine.hardware import autocast, counting_flops, hardware, to_device
 from engine.knobs import BadInput, knob
 from engine.process import WORLD, run
 from engine.report import folder_of, mean_sd, picture, table, write_rows
@@ -125,7 +125,7 @@ class Oversight:
         world, see = self.world, lambda state: self.world.planes[state]
         uniform = torch.rand(PPO["envs"], 3 + HORIZON, generator=generator)
         states, actions = world.play(lambda state: self.agent(see(state))[0].float().softmax(-1),
-                                     self.level, uniform.to(self.device))
+                                     self.level, to_device(uniform, self.device))
         live = world.holds[states[:-1]] == NOTHING
         rewards, values = self.reward[states[1:]] * live, self.reward.new_zeros(states.shape)
         values[:-1][live] = self.agent.value(see(states[:-1][live]))[:, 0].float()
