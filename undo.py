@@ -31,7 +31,7 @@ from engine.report import (
 )
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
-from eval import AfterBase, attacked, fill_attack, foundations, relearn, robustness
+from eval import AfterBase, attacked, fill_attack, foundation, relearn, robustness
 from train import config_from, fill, fit, open_task, seeds
 from unlearn import imitate
 
@@ -105,6 +105,7 @@ def distil(student, teacher, task, cfg, name, checkpoint=None):
 
     record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
                  frozen=(teacher,), tokens=cfg.batch_size * task.block_size, checkpoint=checkpoint,
+                 alike=len(cfg.alphas or ()) + 1,
                  evaluate=lambda: task.score(student, ("retain",), "val"),
                  evaluate_at=range(0, cfg.steps, max(cfg.check_every, cfg.steps // 100)),
                  stop=lambda at: task.within(at["retain"], goal, cfg.tolerance))
@@ -164,36 +165,54 @@ def make_teacher(cfg, task, base, base_record, folder=""):
     return unlearn.unlearn(how, task, base, base_record, folder=folder)
 
 
-def story(cfg, task):
-    """Makes and attacks every model, and returns its row (see docs/rows.md)."""
-    base, filtered = foundations(cfg, task)
-    models = {"base": base, "filtered": filtered}
-    models[cfg.method] = teacher = make_teacher(cfg, task, *base)
-    oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
-    models["oracle"] = unlearn.unlearn(oracle, task, *base, *filtered)
+def made(cfg, task):
+    """Yields (name, (model, record)) of all models, from disk or made: those first that tell most.
+    """
+    base = foundation("base", cfg, task)
+    yield "base", base
+    teacher = make_teacher(cfg, task, *base)
+    yield cfg.method, teacher
+    filtered = foundation("filtered", cfg, task)
+    yield "filtered", filtered
     for alpha in cfg.alphas:
-        models[f"undo-{alpha:g}"] = undo(alpha, cfg, task, *teacher)
-    models["distilled"] = undo(None, cfg, task, *teacher)
+        yield f"undo-{alpha:g}", undo(alpha, cfg, task, *teacher)
+    oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
+    yield "oracle", unlearn.unlearn(oracle, task, *base, *filtered)
+    yield "distilled", undo(None, cfg, task, *teacher)
 
-    rows = []
-    gold = filtered[1]
-    for name, (model, record) in models.items():
+
+def story(cfg, task):
+    """Makes and attacks every model; yields the rows so far after each (see docs/rows.md)."""
+    order = ["base", "filtered", cfg.method, "oracle", *(f"undo-{a:g}" for a in cfg.alphas)]
+    rows, records = {}, {}
+    for name, (model, record) in made(cfg, task):
         with autocast(cfg):
             before = task.score(model, finer=True)
         worst = relearn(model, task, cfg, name)["worst"]
-        flops = 0 if name == "base" else record["flops"]
-        retain = record["history"][-1]["retain"]            # comparable with the filtered run's
-        rows.append({"model": name, "seed": cfg.seed} | before | attacked(worst) | {
-            "flops": flops, "compute_pct": 100 * flops / gold["flops"],
-            "compute_pct_matched": 100 * flops / spent_until(retain, gold, task)})
+        records[name] = record
+        rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(worst) | {
+            "flops": 0 if name == "base" else record["flops"]}
+        yield compared([rows[name] for name in (*order, "distilled") if name in rows], records,
+                       cfg, task)
+
+
+def compared(rows, records, cfg, task):
+    """rows beside their references: compute as a share of filtered's, robustness between the
+    unlearned model's and filtered's. None while one of these is missing. records: fit's, by name"""
     relearned = {row["model"]: row["relearned"] for row in rows}
+    gold, unlearned = records.get("filtered"), relearned.get(cfg.method)
+    full = []
     for row in rows:
-        row["robustness"] = {step: robustness(row["relearned"][step], relearned[cfg.method][step],
-                                              relearned["filtered"][step])
-                             for step in row["relearned"]}
-        row["robustness_mean"] = None if None in row["robustness"].values() else (
-            statistics.mean(row["robustness"].values()))
-    return rows
+        compute = dict.fromkeys(("compute_pct", "compute_pct_matched"))
+        if gold:
+            retain = records[row["model"]]["history"][-1]["retain"]    # scored as filtered was
+            compute = {"compute_pct": 100 * row["flops"] / gold["flops"], "compute_pct_matched":
+                       100 * row["flops"] / spent_until(retain, gold, task)}
+        robust = {step: robustness(score, unlearned[step], relearned["filtered"][step])
+                  if gold and unlearned else None for step, score in row["relearned"].items()}
+        average = None if None in robust.values() else statistics.mean(robust.values())
+        full.append(row | compute | {"robustness": robust, "robustness_mean": average})
+    return full
 
 
 def columns(rows):
@@ -217,15 +236,15 @@ def draw(axes, rows, task, cfg):
         return {n: {s: of(n, lambda r: r[after][str(s)] if s else r[before])
                     for s in (0, *cfg.attack_steps)} for n in names}
 
-    others = [n for n in names if n != "base"]
-    students = [n for n in names if n.startswith("undo-")] + ["distilled"]
+    others = [n for n in names if n != "base" or "filtered" not in names]
+    students = [n for n in names if n.startswith("undo-") or n == "distilled"]
     unseen = [n for n in (cfg.method, *students) if "relearned_heldout_pairs" in rows[0]]
     draw_relearning(axes[0], task, curves(others, "forget", "relearned"),
                     curves(unseen, "forget_heldout_pairs", "relearned_heldout_pairs"))
     axes[0].set_title("Relearning curves under attack")
     points = [(of(n, lambda r: r["compute_pct"]), of(n, lambda r: r["robustness_mean"]))
               for n in students]
-    if all(y is not None for _, y in points):
+    if points and all(y is not None for _, y in points):
         points = [(x, 100 * y) for x, y in points]
         axes[1].plot(*zip(*points), marker="o", label="UNDO, by alpha")
         for i, (name, point) in enumerate(zip(students, points)):   # labels alternate their side
@@ -242,21 +261,33 @@ def draw(axes, rows, task, cfg):
 
 
 def main(cfg):
+    """Rows and picture are there as soon as two models are, and replaced as others come."""
     task = open_task(cfg)
     cfg = resolved(cfg)
-    rows = [row for each in seeds(cfg) for row in story(each, task)]
+    rows = []
+    for each in seeds(cfg):
+        for new in story(each, task):
+            if rows or len(new) > 1:
+                first = not rows and len(new) == 2
+                write_rows("undo", cfg, task, rows + new, quiet=not first)
+                picture("undo", cfg, draw, rows + new, task, cfg, panels=2, quiet=not first)
+                if first:
+                    print_table(new, cfg)
+        rows += new
+    print_table(rows, cfg)
+    say_edges(rows, cfg)
+
+
+def print_table(rows, cfg):
     step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
     last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
     unseen = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}"}
-    write_rows("undo", cfg, task, rows)
-    picture("undo", cfg, draw, rows, task, cfg, panels=2)
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | {f"relearned {s}": f"after {s}" for s in shown}
           | {k: header for k, header in unseen.items() if k in lines[0]}
           | {f"robustness {step}": f"robust@{step}", "robustness_mean": "robust",
              "compute_pct": "compute %", "compute_pct_matched": "matched %"})
-    say_edges(rows, cfg)
 
 
 if __name__ == "__main__":

@@ -98,10 +98,11 @@ def folder_of(cfg):
     return folder
 
 
-def write_rows(script, cfg, task, rows):
-    """Writes OUT/TASK/SCRIPT.json: {"config", "rows"}. Auto knobs have the values that were used.
+def write_rows(script, cfg, task, rows, quiet=False):
+    """OUT/TASK/SCRIPT.json: {"config", "rows"}; auto knobs as they were resolved.
 
-    task   gives the values of knobs that were left to it; None for experiments without text
+    task    what the knobs left to it; None for experiments without text
+    quiet   says nothing: the file was there, and has more rows now
     """
     if RANK:
         return
@@ -111,7 +112,8 @@ def write_rows(script, cfg, task, rows):
         config |= {"block_size": task.block_size, "device": task.device.type}
         config |= {k: v for k, v in task.made_with.items() if config.get(k, 0) is None}
     write(path, json.dumps({"config": config, "rows": rows}, indent=1).encode())
-    print(f"rows: {path}")
+    if not quiet:
+        print(f"rows: {path}")
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
@@ -120,10 +122,10 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
 
 
-def picture(name, cfg, draw, *given, panels=None):
-    """Saves OUT/TASK/NAME.png, drawn by draw(ax, *given), or by draw(axes, *given) if it has
-    several panels. If that fails (no matplotlib, a full disk, anything else), prints one line and
-    continues, because the rows are saved already.
+def picture(name, cfg, draw, *given, panels=None, quiet=False):
+    """Saves OUT/TASK/NAME.png, which draw(ax, *given) draws; draw(axes, *given) on several panels.
+    Where that cannot be (no matplotlib, a full disk, anything else), one line says so: the rows
+    are there.
     """
     if RANK:
         return
@@ -139,11 +141,12 @@ def picture(name, cfg, draw, *given, panels=None):
             path, image = folder_of(cfg) / f"{name}.png", io.BytesIO()
             whole.savefig(image, dpi=130)
         write(path, image.getvalue())
-        print(f"picture: {path}")
+        said = str(path)
     except Exception as error:
-        print("picture: none, " + (
-            "pip install matplotlib draws it" if isinstance(error, ImportError) else
-            f"{type(error).__name__}: {error}".partition("\n")[0]))
+        said = "none, " + ("pip install matplotlib draws it" if isinstance(error, ImportError) else
+                           f"{type(error).__name__}: {error}".partition("\n")[0])
+    if not quiet:
+        print(f"picture: {said}")
 
 
 # --- pictures that several stories draw ----------------------------------------------------------

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,9 +28,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import eval as judges  # noqa: E402
 import recontext  # noqa: E402
 import route  # noqa: E402
 import train  # noqa: E402
+import undo  # noqa: E402
+import unlearn  # noqa: E402
 from data import arithmetic, gaming, pcfg, tokenizer  # noqa: E402
 from engine.disk import write  # noqa: E402
 from engine.knobs import knob  # noqa: E402
@@ -52,7 +57,7 @@ WANTED = {  # device: row: the least ratio, or share of the peak, to reach
 class Config(train.Common):
     only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "pcfg",
                                                    "score", "attack", "routed", "rollouts",
-                                                   "linear", "words", "waiting"])
+                                                   "linear", "words", "waiting", "story"])
     turns: int = knob(3, "how often each way has its turn", 1)
 
 
@@ -141,7 +146,7 @@ def bench_step(cfg, rows):
                 run.since = []
 
             our_steps(1)                    # the first counts its FLOPs, eagerly, as in fit()
-            if train.should_compile(cfg, 1e15):
+            if train.should_compile(cfg, 1e6, 1e15):
                 run.compile([run.model])
             plain = plain_steps(GPT(config).to(device), task, size, 3)
             took = in_turns(cfg, plain=plain, ours=our_steps)
@@ -378,24 +383,84 @@ def bench_waiting(cfg, rows):
         process.kill()
 
 
+def stages_of_the_story(cfg, compile):
+    """{stage: seconds} of `python undo.py` from nothing, but for the imports: what fit() trains by
+    name, scores, data, the rest; and how much of it all went into compiling."""
+    spent, running, last = dict.fromkeys(STAGES, 0.0), ["rest"], [time.perf_counter()]
+
+    def note():
+        now = time.perf_counter()
+        spent[running[-1]] += now - last[0]
+        last[0] = now
+
+    def timed(function, stage):
+        def wrapped(*given, **how):
+            note()
+            running.append(stage(how.get("name", "")) if callable(stage) else stage)
+            try:
+                return function(*given, **how)
+            finally:
+                note()
+                running.pop()
+        return wrapped
+
+    def trains(name):
+        return next((stage for stage, begin in STAGES.items() if begin and name.startswith(begin)),
+                    "rest")
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as patched:
+        for owner, name, stage in (*((module, "fit", trains) for module in (
+                train, judges, unlearn, undo) if hasattr(module, "fit")),
+                (data.Task, "score", "scores"), (data, "load", "data")):
+            patched.enter_context(mock.patch.object(owner, name, timed(
+                getattr(owner, name), stage)))
+        undo.main(undo.Config.for_task("arithmetic")(
+            device=cfg.device, compile=compile, out=folder, data_dir=f"{folder}/data"))
+    note()
+    return spent
+
+
+# {stage: how the names of what fit() trains in it begin}
+STAGES = {"data": "", "base": "base", "filtered": "filtered", "teacher": "maxent",
+          "oracle": "oracle", "students": "undo", "distilled": "distilled", "attacks": "relearn",
+          "scores": "", "rest": ""}
+
+
+def bench_story(cfg, rows):
+    """Seconds of the default story and its stages: uncompiled (plain), and as undo.py runs it."""
+    spent = {"plain": stages_of_the_story(cfg, False)}
+    spent["ours"] = stages_of_the_story(cfg, cfg.compile)
+    for stage in ("story", *STAGES):
+        seconds = {way: sum(at.values()) if stage == "story" else at[stage]
+                   for way, at in spent.items()}
+        rows.append({"row": stage, "unit": "s"} | seconds)
+
+
 def main(cfg):
     rows, device = [], train.hardware(cfg)[0].type
     parts = {"step": bench_step, "generate": bench_generate, "batch": bench_batch,
              "pcfg": bench_pcfg, "score": bench_score, "attack": bench_attack,
              "routed": bench_routed, "rollouts": bench_rollouts, "linear": bench_linear,
-             "words": bench_words, "waiting": bench_waiting}
+             "words": bench_words, "waiting": bench_waiting, "story": bench_story}
     for name, part in tqdm(parts.items(), desc="bench", leave=False):
-        if cfg.only in ("all", name):
+        if cfg.only == name or cfg.only == "all" and (name != "story" or device == "cuda"):
             part(cfg, rows)
     for row in rows:
-        row["ratio"] = row["ours"] / row["plain"]
+        how_much = row["ours"] / max(row["plain"], 1e-9)
+        row["ratio"] = 1 / max(how_much, 1e-9) if row["unit"] == "s" else how_much
         row["wanted"] = WANTED.get(device, {}).get(row["row"])
     hardware = torch.cuda.get_device_name() if device == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
-    print(f"{hardware}, torch {torch.__version__}, {train.hardware(cfg)[1]}")
-    table([row | {k: f"{row[k]:,.0f}" for k in ("plain", "ours")} | {"ratio": f"{row['ratio']:.2f}"}
-           for row in rows], {"row": "row", "plain": "plain", "ours": "ours", "unit": "unit",
-                              "ratio": "ours / plain", "wanted": "wanted"})
+    made_on = f"{hardware}, torch {torch.__version__}, {str(train.hardware(cfg)[1])[6:]}"
+    shown = [row | {k: f"{row[k]:,.{int(row['unit'] == 's')}f}" for k in ("plain", "ours")}
+             | {"ratio": f"{row['ratio']:.2f}"} for row in rows]
+    print(made_on)
+    table(shown, {"row": "row", "plain": "plain", "ours": "ours", "unit": "unit",
+                  "ratio": "ours / plain", "wanted": "wanted"})
+    print(f"\nFor docs/speed.md:\n\n*{made_on}*\n\n| row | plain | ours | unit | ours / plain |\n"
+          "|---|---:|---:|---|---:|")
+    for row in shown:
+        print("|", " | ".join(str(row[k]) for k in ("row", "plain", "ours", "unit", "ratio")), "|")
     path = Path(cfg.out) / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps({"config": dataclasses.asdict(cfg) | {"hardware": hardware},
