@@ -401,8 +401,8 @@ def table_lines(rows):
 
     cells, pretrained = [], {}
     for (env, *cell, seed), at in models.items():
-        pretrained[env, seed] = dict(zip(CELL, (env, "pretrained", "", ""))) | figures(at,
-                                                                                       "_before")
+        before = figures(at, "_before")
+        pretrained[env, seed] = dict(zip(CELL, (env, "pretrained", "", ""))) | before
         push = at["neutral"]["push"]
         cells.append(dict(zip(CELL, (env, *cell))) | figures(at) | {
             "push": push, "rule": came_true(at["neutral"]) if sign(push) else None})
@@ -438,10 +438,9 @@ def draw(cfg, rows):
         for ax, ((env, method), grid) in zip(axes, whole.items()):
             title = next(title for way, title in TITLES.items() if method.startswith(way))
             shown = [[mean(grid[f, g], lambda row: row["hack"]) for g in KINDS] for f in KINDS]
-            row = grid["neutral", "neutral"][0]
-            draw_grid(ax, shown, KINDS, mean(grid["neutral", "neutral"],
-                                             lambda row: row["hack_before"]),
-                      f"{env}, {title.format(**row)}")
+            standard = grid["neutral", "neutral"]
+            draw_grid(ax, shown, KINDS, mean(standard, lambda row: row["hack_before"]),
+                      f"{env}, {title.format(**standard[0])}")
 
     picture("recontext", cfg, draw, panels=len(whole))
 

@@ -236,6 +236,7 @@ def experts(model, device):
 def demix(model, task, cfg, frozen):
     """Each domain has an MLP, chosen by the label; forget's is removed (Gururangan et al. 2021)."""
     of = experts(model, task.device)
+
     def loss_fn(model, step):
         idx, targets, forget = mixed_batch(task, cfg, step)
         units = torch.where(forget[:, :, None], of["forget"], of["retain"])      # (B, 1, n_units)

@@ -126,6 +126,7 @@ def seeds(cfg):
 # --- the loop ------------------------------------------------------------------------------------
 OVERFLOWS = 20               # in a row, in float16: more are no matter of scale
 
+
 class Run:
     """All that a run is besides its model: what a checkpoint must hold for the rest of it to be
     the same to the last bit. Batches are functions of the step, so there is no other state.

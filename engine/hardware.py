@@ -18,6 +18,12 @@ from engine.process import LOCAL_RANK
 say_once = cache(print)
 
 
+@cache
+def multiplies_bf16(device):
+    """Whether a GPU has matrix units for bfloat16 (capability 8.0 or more)."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def hardware(cfg):
     """(device, dtype, may compile), from this table. dtype is what autocast computes in; whether
     compiling pays is for should_compile to say.
@@ -30,7 +36,7 @@ def hardware(cfg):
     cpu      others                     float32                      yes
 
     A CPU that has bf16 instructions, but no matrix units, multiplies in bfloat16 at half the speed
-    of float32 (tests/bench.py --only=step).
+    of float32 (the row `bfloat16` of tests/bench.py --only=step).
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
@@ -39,9 +45,9 @@ def hardware(cfg):
         raise BadInput(f"--device={kind}: this machine, or this build of torch, has none; "
                        f"try --device=auto")
     if kind == "cuda":
-        modern = torch.cuda.get_device_capability() >= (8, 0)
         torch.cuda.set_device(LOCAL_RANK)
-        return torch.device(kind, LOCAL_RANK), torch.bfloat16 if modern else torch.float16, True
+        device = torch.device(kind, LOCAL_RANK)
+        return device, torch.bfloat16 if multiplies_bf16(device) else torch.float16, True
     if kind == "mps":
         return torch.device(kind), torch.float32, False
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

@@ -1,14 +1,18 @@
 """Which optimizer trains what: Muon the blocks' matrices, AdamW all else."""
 import torch
 
+from engine.hardware import multiplies_bf16
+
 
 def optimizers(model, lr, muon_lr, matrices=None, pieces=()):
     """([AdamW, Muon], leaves): Muon for `matrices` (None: those of model.blocks) and AdamW for the
     rest; AdamW for all if muon_lr is 0. leaves: [(leaf, matrix, piece)], the pieces of matrices
     that Muon takes for matrices of their own, see train.fit.
     """
-    if matrices is None or not muon_lr:
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if muon_lr else []
+    if not muon_lr:
+        matrices = []
+    elif matrices is None:
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     by_muon, in_pieces = {id(p) for p in matrices}, {id(p) for p, _ in pieces}
     rest = [p for p in model.parameters() if id(p) not in by_muon]
     assert len(matrices) + len(rest) == len(list(model.parameters()))
@@ -54,20 +58,20 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)                       # Nesterov's
         wide = torch.stack([x if x.size(0) <= x.size(1) else x.T for x in ahead])
-        for p, x in zip(params, orthogonalised(wide)):
+        for p, x in zip(params, orthogonalised(wide, group["ns_coefficients"], group["ns_steps"],
+                                               group["eps"])):
             tall = p.size(0) > p.size(1)
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(x.T if tall else x, alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
-def orthogonalised(X):
-    """(k, m, n) matrices, m <= n, with their singular values near 1, by five steps of Newton and
-    Schulz: X <- a X + (b A + c A^2) X, A = X X^T, with torch.optim.Muon's coefficients."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    bf16 = X.device.type == "cuda" and torch.cuda.get_device_capability(X.device) >= (8, 0)
-    X = X.bfloat16() if bf16 else X
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+def orthogonalised(X, coefficients, steps, eps):
+    """(k, m, n) matrices, m <= n, with their singular values near 1, by steps of Newton and Schulz:
+    X <- a X + (b A + c A^2) X, A = X X^T, where a, b, c are the coefficients."""
+    a, b, c = coefficients
+    X = X.bfloat16() if X.device.type == "cuda" and multiplies_bf16(X.device) else X
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.float()

@@ -100,10 +100,10 @@ def plain_batch(task, size):
     return x.to(task.device), y.to(task.device)
 
 
-def peak(cfg):
-    """FLOP/s of the best square matrix product, in the dtype that training computes in."""
-    device, dtype, _ = train.hardware(cfg)
-    best = 0
+def peak(cfg, dtype=None):
+    """FLOP/s of the best square matrix product, in a dtype (None: the one training computes in)."""
+    device, usual, _ = train.hardware(cfg)
+    best, dtype = 0, dtype or usual
     for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         for _ in range(10):
@@ -131,6 +131,8 @@ def plain_steps(model, task, size, n):
 def bench_step(cfg, rows):
     device, _, _ = train.hardware(cfg)
     top = peak(cfg)
+    rows.append({"row": "bfloat16", "unit": "GFLOP/s; plain: float32",
+                 "plain": peak(cfg, torch.float32) / 1e9, "ours": peak(cfg, torch.bfloat16) / 1e9})
     for name in list(SIZES)[:None if device.type == "cuda" else 2]:
         config, size = SIZES[name]
         with tempfile.TemporaryDirectory() as folder:
