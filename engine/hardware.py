@@ -93,7 +93,12 @@ def make_room():
 
 
 def compile_in_place(model, mode=None):
+    """model.compile(). On a CPU its kernels then add in a fixed order: without that, two threads
+    add an embedding's gradients in the order in which they come, and no run can be repeated."""
     make_room()
+    if next(model.parameters()).device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False           # which costs time
     model.compile(dynamic=False, mode=mode)
 
 

@@ -1,5 +1,6 @@
 """torch.compile: what is compiled, how often, and Muon's products; with a backend that counts."""
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,25 @@ def test_a_story_compiles_a_dozen_graphs_and_another_seed_none(tmp_path, counter
     assert len(rows) == 6 and 4 <= first <= 12
     *_, rows = undo.story(dataclasses.replace(cfg, seed=1), task)
     assert counter.frame_count == first
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_kernels_add_in_a_fixed_order(stories):
+    """Two threads would add an embedding's gradients in the order in which they come. The generated
+    code has no atomic addition."""
+    from torch._inductor.utils import run_and_get_code
+    torch._dynamo.reset()
+    model = lively(stories)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        hardware.compile_in_place(model)
+        _, code = run_and_get_code(lambda: model(*stories.batch("all", 4, 0, 0)).backward())
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        torch._dynamo.reset()
+    assert len(code) == 2 and "index_put" in code[1] and not any("atomic_add" in c for c in code)
 
 
 def test_when_compiling_pays(monkeypatch):
