@@ -1,7 +1,9 @@
 """What a run computes on: the device, its precision, whether to compile; and what it costs."""
+import math
 import os
 import shutil
 import sys
+import time
 from contextlib import nullcontext
 from functools import cache
 
@@ -20,8 +22,22 @@ say_once = cache(print)
 
 @cache
 def multiplies_bf16(device):
-    """Whether a GPU has matrix units for bfloat16 (capability 8.0 or more)."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether products of matrices are faster in bfloat16 than in float32 on a device.
+
+    GPUs from capability 8.0 on have matrix units for it. On a CPU, instructions for bfloat16 say
+    little: products took 0.4 to 2 times as long as in float32. So a few are tried (20 ms).
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    seconds = {}
+    for dtype in 5 * (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        start = time.perf_counter()
+        x @ x
+        seconds[dtype] = min(time.perf_counter() - start, seconds.get(dtype, math.inf))
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
 def hardware(cfg):
@@ -32,11 +48,8 @@ def hardware(cfg):
     cuda     capability >= 8.0          bfloat16                     yes
     cuda     older, such as Colab's T4  float16, gradients scaled    yes
     mps      Apple                      float32                      no
-    cpu      with matrix units (AMX)    bfloat16                     yes
+    cpu      bfloat16 is faster         bfloat16                     yes
     cpu      others                     float32                      yes
-
-    A CPU that has bf16 instructions, but no matrix units, multiplies in bfloat16 at half the speed
-    of float32 (the row `bfloat16` of tests/bench.py --only=step).
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
@@ -48,10 +61,8 @@ def hardware(cfg):
         torch.cuda.set_device(LOCAL_RANK)
         device = torch.device(kind, LOCAL_RANK)
         return device, torch.bfloat16 if multiplies_bf16(device) else torch.float16, True
-    if kind == "mps":
-        return torch.device(kind), torch.float32, False
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.device(kind), torch.bfloat16 if amx else torch.float32, True
+    device = torch.device(kind)
+    return device, torch.bfloat16 if multiplies_bf16(device) else torch.float32, kind == "cpu"
 
 
 def autocast(cfg, **how):

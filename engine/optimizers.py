@@ -33,8 +33,8 @@ def optimizers(model, lr, muon_lr, matrices=None, pieces=()):
 
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024), but matrices of one shape are orthogonalised together: a
-    small matrix does not fill a machine, and each product has to be launched. In bfloat16 where the
-    hardware has it; elsewhere, CPUs included, small products are faster in float32.
+    small matrix does not fill a machine, and each product has to be launched. In bfloat16 where that
+    is faster, else in float32.
     """
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ def orthogonalised(X, coefficients, steps, eps):
     """(k, m, n) matrices, m <= n, with their singular values near 1, by steps of Newton and Schulz:
     X <- a X + (b A + c A^2) X, A = X X^T, where a, b, c are the coefficients."""
     a, b, c = coefficients
-    X = X.bfloat16() if X.device.type == "cuda" and multiplies_bf16(X.device) else X
+    X = X.bfloat16() if multiplies_bf16(X.device) else X
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         A = X @ X.mT

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from engine.disk import write
+from engine.hardware import hardware
 from engine.knobs import BadInput
 from engine.process import RANK
 
@@ -109,7 +110,8 @@ def write_rows(script, cfg, task, rows, quiet=False):
     path = folder_of(cfg) / f"{script}.json"
     config = dataclasses.asdict(cfg)
     if task:
-        config |= {"block_size": task.block_size, "device": task.device.type}
+        config |= {"block_size": task.block_size, "device": task.device.type,
+                   "precision": str(hardware(cfg)[1])[len("torch."):]}
         config |= {k: v for k, v in task.made_with.items() if config.get(k, 0) is None}
     write(path, json.dumps({"config": config, "rows": rows}, indent=1).encode())
     if not quiet:

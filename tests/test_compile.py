@@ -1,6 +1,7 @@
 """torch.compile: what is compiled, how often, and Muon's products; with a backend that counts."""
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import data
 import train
 import undo
 from data import arithmetic
-from engine import hardware
+from engine import hardware, optimizers
 from engine.hardware import should_compile
 from engine.optimizers import Muon, orthogonalised
 
@@ -99,9 +100,27 @@ def test_when_compiling_pays(monkeypatch):
         assert should_compile(dataclasses.replace(CFG, compile=compile), 1, 1.0) == compile
 
 
+@pytest.mark.parametrize("faster", [False, True])
+def test_precision_on_a_cpu(monkeypatch, faster):
+    """Whichever multiplies faster, which is tried; in Muon, too."""
+    clock, ones = [0.0], torch.ones
+
+    class Slow(torch.Tensor):
+        def __matmul__(self, other):
+            clock[0] += 2 if self.dtype == torch.float32 else 1 if faster else 3
+
+    monkeypatch.setattr(hardware.torch, "ones", lambda *n, dtype: Slow(ones(*n, dtype=dtype)))
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    hardware.multiplies_bf16.cache_clear()
+    wanted = torch.bfloat16 if faster else torch.float32
+    assert hardware.hardware(CFG) == (torch.device("cpu"), wanted, True)
+    hardware.multiplies_bf16.cache_clear()
+
+
 # --- Muon ----------------------------------------------------------------------------------------
-def test_orthogonalised_by_singular_values():
+def test_orthogonalised_by_singular_values(monkeypatch):
     """The singular vectors stay, the values come near 1."""
+    monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: False)
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(3, 8, 20, generator=generator)
     usual, = torch.optim.Muon([torch.nn.Parameter(X[0])]).param_groups

@@ -666,7 +666,7 @@ def test_rows_on_disk(tmp_path, task):
     saved = json.loads((tmp_path / "arithmetic" / "story.json").read_text())
     assert saved["rows"] == [{"model": "base", "retain": 0.5}]
     assert saved["config"] == dataclasses.asdict(cfg) | {
-        "block_size": 64, "device": "cpu"}
+        "block_size": 64, "device": "cpu", "precision": str(train.hardware(cfg)[1])[6:]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
