@@ -168,7 +168,7 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
                 for i in range(cfg.attack_seeds)]
         curves[lr] = {same[0]["step"]: {
             k: sum(h[k] for h in same) / len(same) for k in same[0]
-            if k.startswith(("retain", "forget"))} for same in zip(*runs)}
+            if k not in ("step", "loss", "flops")} for same in zip(*runs)}
     worst = {}
     for step in cfg.attack_steps:
         lr = cfg.lrs[0]
@@ -181,10 +181,10 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
 
 def attacked(worst):
     """Figures for a row, from relearn()'s "worst": {"relearned": {step: forget score}, "rates":
-    {step: worst rate}}, and a relearned_.. for each further forget_.. score at that rate."""
+    {step: worst rate}}, and a relearned_.. for each further figure but retain's, at that rate."""
     names = {"relearned": "forget", "rates": "lr"} | {
         f"relearned_{k.removeprefix('forget_')}": k for k in next(iter(worst.values()))
-        if k.startswith("forget_")}
+        if k not in ("forget", "lr") and not k.startswith("retain")}
     return {name: {str(step): at[k] for step, at in worst.items()} for name, k in names.items()}
 
 

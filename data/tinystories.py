@@ -1,7 +1,7 @@
 """Real stories: TinyStories with and without forests, or English and a second language.
 
-    tinystories   forget: stories with the words tree(s), forest(s) or woodland(s), as in gradient
-                  routing (Cloud et al. 2024); retain: all other stories
+    tinystories   forget: stories with one of --forget_words, by default tree(s), forest(s) and
+                  woodland(s), as in gradient routing (Cloud et al. 2024); retain: all others
     bilingual     retain: English stories (--source); forget: another language's (--source2)
 
 A source is the path or URL of a UTF-8 file of stories, with a line <|endoftext|> between them.
@@ -10,16 +10,24 @@ Without --source, the English stories are TinyStories (Eldan and Li 2023), which
 import codecs
 import math
 import re
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
 
 from data.download import download
 from data.tokenizer import END
 from engine.knobs import BadInput, FilePath, knob
-from engine.streams import stream
+from engine.streams import seed_of, stream
 
 SETTINGS = {name: dict(block_size=128, least_block_size=8, vocab_size=2048)     # half a story a row
             for name in ("tinystories", "bilingual")}
+FOREST = ("tree", "trees", "forest", "forests", "woodland", "woodlands")
+TOLD = 200                   # stories that a model tells, to see how many mention a forget word
+SHOWN = 3                    # how many of them are kept, to be read
 
 
 @dataclass
@@ -29,11 +37,12 @@ class Knobs:
                                    "TinyStories)")
     source2: FilePath | None = knob(None, "bilingual: the same for the language to forget")
     stories: int = knob(100_000, "most stories to take from a source", 20)
+    forget_words: list[str] = knob(list(FOREST), "tinystories: stories with one of these words are "
+                                   "to be forgotten")
 
 
 higher_is_better = False     # the score is a loss: nats per token
 
-FOREST = re.compile(r"\b(trees?|forests?|woodlands?)\b", re.IGNORECASE)
 FEWEST = 20                  # stories; fewer are too few to learn from
 LONGEST = 1 << 20            # characters of a story; a longer text is a file without ENDs
 
@@ -56,9 +65,20 @@ def check(name, knobs):
                        f"more")
     if name == "tinystories" and knobs["source2"] is not None:
         raise BadInput("--source2 means nothing to the task tinystories: bilingual takes it")
+    if name == "bilingual" and knobs["forget_words"] != list(FOREST):
+        raise BadInput("--forget_words means nothing to the task bilingual: it forgets a language")
+    if not all(re.fullmatch(r"\w+(['-]\w+)*", word) for word in knobs["forget_words"]):
+        raise BadInput(f"--forget_words={','.join(knobs['forget_words'])}: give words of letters, "
+                       f"with commas between them")
 
 
-def documents(name, folder, source, source2, stories):
+def mention(words):
+    """A regular expression for any of some words, in small letters or capitals. A word counts if
+    it stands by itself: "tree" is in neither "trees" nor "street"."""
+    return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+
+
+def documents(name, folder, source, source2, stories, forget_words):
     """(texts, facts): see data/__init__.py. A text is a whole story, and none is in two splits.
     Facts: the numbers of stories and of bytes in each split."""
     if name == "bilingual" and source2 is None:
@@ -69,15 +89,19 @@ def documents(name, folder, source, source2, stories):
         known = set(english)
         domains = {"retain": english, "forget": [story for story in
                    take(source2, folder, "source2", stories) if story not in known]}
+        if len(domains["forget"]) < 2:                       # one to train on, one to hold out
+            raise BadInput(f"{source2} holds {len(domains['forget'])} stories that are not in the "
+                           f"other source: give 2 or more")
     else:
-        domains = {"retain": [story for story in english if not FOREST.search(story)],
-                   "forget": [story for story in english if FOREST.search(story)]}
+        topic = mention(forget_words)
+        domains = {"retain": [story for story in english if not topic.search(story)],
+                   "forget": [story for story in english if topic.search(story)]}
+        if min(map(len, domains.values())) < FEWEST:
+            raise BadInput(f"{len(domains['forget']):,} of the {len(english):,} stories in "
+                           f"{source or HOME} have one of --forget_words={','.join(forget_words)}, "
+                           f"the others have none: {FEWEST} or more must be of either kind")
     texts = {}
     for domain, some in domains.items():
-        if len(some) < 2:                                  # one to train on, one to hold out
-            raise BadInput(f"{source2 or source or HOME} holds {len(some)} stories to {domain}: "
-                           "give 2 or more " + ("with and 2 without tree, forest or woodland"
-                           if source2 is None else "that are not in the other source"))
         texts[f"{domain}_train"], texts[f"{domain}_val"] = split(some)
     return texts, {"stories": {s: len(some) for s, some in texts.items()},
                    "bytes": {s: sum(len(t.encode()) for t in some) for s, some in texts.items()}}
@@ -92,11 +116,15 @@ def split(stories):
 
 
 def score(model, task, domains=("retain", "forget"), part="test", finer=False):
-    """Loss in nats per token on held-out rows. finer: also in bits per byte of text.
+    """Losses in nats per token on held-out rows; for tinystories, what a reader would look at, too.
 
-    {"retain": loss, "forget": loss, "retain_bits_per_byte": .., "forget_bits_per_byte": ..}
-    Bits per byte compare two languages better, because their tokens differ in length. END counts as
-    a token without bytes.
+    retain, forget                losses, on half as many rows for part val
+    forget_words                  loss on the tokens of the words to be forgotten, in forget rows
+    mentions                      share of TOLD stories that contain such a word: those that the
+                                  model tells from nothing at temperature 1, as long as a row
+    retain_bits_per_byte, ..      with finer: bits per byte compare two languages better, because
+                                  their tokens differ in length. END is a token without bytes
+    stories                       with finer: the first SHOWN of the stories, as texts
     """
     figures = {domain: task.loss(model, domain, 32 if part == "val" else 128, part)
                for domain in domains}
@@ -104,7 +132,52 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
         for domain in domains:
             tokens, size = len(task.tokens(f"{domain}_val")), task.facts["bytes"][f"{domain}_val"]
             figures[f"{domain}_bits_per_byte"] = figures[domain] / math.log(2) * tokens / size
+    if task.name == "tinystories" and "forget" in domains and part == "test":
+        topic, stories = mention(task.made_with["forget_words"]), told(model, task)
+        figures["forget_words"] = loss_on(topic, model, task)
+        figures["mentions"] = sum(bool(topic.search(story)) for story in stories) / len(stories)
+        if finer:
+            figures["stories"] = stories[:SHOWN]
     return figures
+
+
+def told(model, task):
+    """TOLD stories that the model tells from nothing, always by the same random numbers. They end
+    after a row's length at the latest."""
+    tokens = model.generate([[task.end]], task.block_size - 1, 1.0, task.end, samples=TOLD).tolist()
+    stories = [story[:story.index(task.end)] if task.end in story else story for story in tokens]
+    return [task.tokenizer.decode(story) for story in stories]
+
+
+@torch.no_grad()
+def loss_on(topic, model, task, batches=4):
+    """Mean loss, in nats, on the targets that are a part of what `topic` (a compiled regular
+    expression) matches, in held-out rows of the forget domain."""
+    def criterion(logits, targets):
+        return (F.cross_entropy(logits, targets[:, 0], reduction="none") * targets[:, 1]).sum()
+
+    total, n = 0.0, 0
+    for i in range(batches):
+        idx, targets = task.batch("forget", 32, i, seed_of("held out"), "test")
+        matched = torch.tensor([matches(topic, row, task.tokenizer) for row in
+                                torch.cat((idx[:, :1], targets), 1).tolist()])[:, 1:]
+        weighed = torch.stack((targets, matched.to(task.device)), -1)                 # (B, T, 2)
+        total += model(idx, weighed, criterion) * targets.numel()
+        n += matched.sum()
+    return (total / n).item()
+
+
+def matches(topic, tokens, enc):
+    """For each token, whether it is a part of a match of `topic` in their text."""
+    parts = enc.decode_tokens_bytes(tokens)
+    ends, found = list(accumulate(map(len, parts))), [False] * len(parts)
+    # a row may begin or end within a letter of several bytes
+    text = b"".join(parts).decode("utf-8", "surrogateescape")
+    for match in topic.finditer(text):
+        begin, end = (len(text[:at].encode("utf-8", "surrogateescape")) for at in match.span())
+        first, last = bisect_right(ends, begin), bisect_left(ends, end)
+        found[first:last + 1] = [True] * (last + 1 - first)
+    return found
 
 
 # --- sources -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 The only network is a server on 127.0.0.1, in a thread, which misbehaves as each test asks.
 """
+import functools
 import hashlib
 import math
 import os
@@ -16,17 +17,23 @@ import torch
 import data
 from data import BadInput, tinystories
 from data.download import download
+from data.tinystories import FOREST
 from data.tokenizer import END
 from engine.streams import seed_of
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
+BOTH = "retain", "forget"
 
 
 def tell(n, seed=0, words="cat dog sun ran sat big red hat the a tree forest".split()):
     rng = random.Random(seed)
     return [f"Story {i}: " + " ".join(rng.choices(words[:10] if i % 3 else words, k=40)) + "."
             for i in range(n)]
+
+
+# every third may speak of red things and of hats
+HATS = tell(300, words="cat dog sun ran sat big the a or on red hat".split())
 
 
 def save(path, stories):
@@ -43,14 +50,14 @@ def test_forest_words(text):
     """Against a brute force: what is no letter becomes a space, then whole words are compared."""
     words = "".join(c.lower() if c.isalpha() else " " for c in text).split()
     expected = any(w in words for w in "tree trees forest forests woodland woodlands".split())
-    assert bool(tinystories.FOREST.search(text)) == expected
+    assert bool(tinystories.mention(FOREST).search(text)) == expected
 
 
 def test_documents_split_by_story(tmp_path):
     stories = tell(300)
     source = save(tmp_path / "s.txt", stories + stories[:50])                     # 50 told twice
-    texts, facts = documents = tinystories.documents("tinystories", tmp_path, source, None, 1000)
-    assert documents == tinystories.documents("tinystories", tmp_path, source, None, 1000)
+    texts, facts = documents = tinystories.documents("tinystories", tmp_path, source, None, 1000, FOREST)
+    assert documents == tinystories.documents("tinystories", tmp_path, source, None, 1000, FOREST)
     assert sorted(s for split in texts.values() for s in split) == sorted(stories)
     for split, told in texts.items():
         assert told and all(("forget" in split) == bool(re.search("tree|forest", s)) for s in told)
@@ -97,7 +104,7 @@ def test_score(tmp_path):
     model.register_forward_pre_hook(lambda model, inputs: calls.append(len(inputs[0])))
     task.files["retain_train"] = task.files["forget_train"] = None        # not needed: val only
     before = task.score(model)
-    assert set(before) == {"retain", "forget"} and calls == [32] * 8
+    assert set(before) == {"retain", "forget", "forget_words", "mentions"} and calls == [32] * 12
     assert before == task.score(model)
     batches = [task.batch("forget", 32, i, seed_of("held out"), "test") for i in range(4)]
     assert before["forget"] == pytest.approx(sum(model(*some).item() for some in batches) / 4)
@@ -109,13 +116,78 @@ def test_score(tmp_path):
     with torch.no_grad():
         model.wte.weight.zero_()                     # all tokens alike: the loss is log V
     figures = task.score(model, finer=True)
-    assert set(figures) == {"retain", "forget", "retain_bits_per_byte", "forget_bits_per_byte"}
+    assert set(figures) == {"retain", "forget", "forget_words", "mentions", "stories",
+                            "retain_bits_per_byte", "forget_bits_per_byte"}
+    assert figures["forget_words"] == pytest.approx(math.log(task.vocab_size), rel=1e-5)
     for domain in ("retain", "forget"):
         tokens = task.tokens(f"{domain}_val").tolist()
         size = len(task.tokenizer.decode(tokens).replace(END, "").encode())
         assert figures[domain] == pytest.approx(math.log(task.vocab_size), rel=1e-5)
         assert figures[f"{domain}_bits_per_byte"] == pytest.approx(
             math.log2(task.vocab_size) * len(tokens) / size, rel=1e-5)
+
+
+def test_loss_on_forget_words_by_hand(tmp_path):
+    """Against a slow count: letter by letter, each with the token that it came in."""
+    task = data.load("tinystories", folder=tmp_path, source=save(tmp_path / "s.txt", [
+        story + " Ärger im FOREST, treeèe Treetop tree-house" * (i % 3 == 0)
+        for i, story in enumerate(tell(200))]))
+    torch.manual_seed(0)
+    model, losses = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16)), []
+    for i in range(4):
+        idx, targets = task.batch("forget", 32, i, seed_of("held out"), "test")
+        log_p = model(idx).log_softmax(-1)
+        for row in range(32):
+            tokens = [int(idx[row, 0]), *targets[row].tolist()]
+            letters = [(letter, at) for at, token in enumerate(tokens)
+                       for letter in task.tokenizer.decode_single_token_bytes(token).decode("latin-1")]
+            word, inside = [], set()
+            for letter, at in [*letters, (" ", None)]:
+                if letter.isalnum() or letter > "\x7f":
+                    word.append((letter.lower(), at))
+                    continue
+                if "".join(c for c, _ in word) in FOREST:
+                    inside |= {at for _, at in word}
+                word = []
+            losses += [-log_p[row, at - 1, tokens[at]].item() for at in inside if at]
+    assert len(losses) > 100
+    assert task.score(model)["forget_words"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_mentions(tmp_path, monkeypatch):
+    """Of the stories that a model tells, until each ends. Here it tells five, by heart."""
+    task = data.load("tinystories", folder=tmp_path, source=save(tmp_path / "s.txt", HATS),
+                     forget_words=["Hat", "red"])
+    texts = ["a hat sat", "The cat", "a HATSTAND", "big red cat", f"the cat.{END}the hat"]
+    encode = functools.partial(task.tokenizer.encode, allowed_special="all")
+    ids = [encode(text) for text in texts]
+
+    def generate(prompts, n, temperature, stop, samples):
+        assert (prompts, temperature, stop) == ([[task.end]], 1.0, task.end)
+        assert n == task.block_size - 1 and samples == tinystories.TOLD == 200
+        return torch.tensor([row + [task.end] * (n - len(row)) for row in ids * 40])
+
+    model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
+    monkeypatch.setattr(model, "generate", generate)
+    score = task.score(model, ("forget",), finer=True)
+    assert score["mentions"] == pytest.approx(2 / 5) and score["stories"] == texts[:3]
+    monkeypatch.undo()
+    assert task.score(model) == task.score(model)              # always by the same random numbers
+
+
+def test_topics(tmp_path):
+    """Any words may be forgotten; a topic of which there is too little, or too much, is refused."""
+    stories, source = HATS, save(tmp_path / "s.txt", HATS)
+    texts, _ = tinystories.documents("tinystories", tmp_path, source, None, 1000, ["hat", "RED"])
+    told = {domain: sorted(texts[f"{domain}_train"] + texts[f"{domain}_val"]) for domain in BOTH}
+    assert told["forget"] == sorted(s for s in stories if {*"hat red".split()} & {
+        *s.replace(".", "").split()})
+    assert sorted(told["retain"] + told["forget"]) == sorted(stories)
+    for words, n in (("dragon", 0), ("7", 1), ("story", 300)):
+        with pytest.raises(BadInput) as error:
+            data.load("tinystories", folder=tmp_path / "data", source=source, forget_words=[words])
+        one_line(error, f"{n} of the 300 stories", f"--forget_words={words}")
+    assert not list((tmp_path / "data").glob("*"))
 
 
 # --- sources -------------------------------------------------------------------------------------
@@ -175,6 +247,9 @@ def test_byte_order_marks(tmp_path):
     ("bilingual", {}, "--source2"),
     ("tinystories", {"source2": "x.txt"}, "--source2"),
     ("tinystories", {"stories": 3}, "--stories=3"),
+    ("tinystories", {"forget_words": ["a b", "c"]}, "--forget_words=a b,c"),
+    ("tinystories", {"forget_words": [""]}, "--forget_words="),
+    ("bilingual", {"source2": "x.txt", "forget_words": ["cat"]}, "--forget_words"),
     ("tinystories", {"source": "ftp://host/x.txt"}, "ftp:/")])
 def test_bad_knobs(name, knobs, message, tmp_path):
     with pytest.raises(BadInput) as error:
