@@ -29,6 +29,7 @@ from engine.report import (
     draw_relearning,
     draw_revival,
     picture,
+    print_stories,
     say_edges,
     table,
     write_rows,
@@ -335,8 +336,9 @@ def judge_score(cfg, task, model):
     with autocast(cfg):
         scores = task.score(model, finer=True)
     write_rows("score", cfg, task, [{"model": cfg.model} | scores])
-    table([{"figure": k, "value": v} for k, v in scores.items()],
+    table([{"figure": k, "value": v} for k, v in scores.items() if k != "stories"],
           {"figure": cfg.model, "value": ""})
+    print_stories([{"model": cfg.model} | scores])
 
 
 def judge_relearn(cfg, task, model):

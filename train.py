@@ -33,7 +33,7 @@ from engine.hardware import (
 from engine.knobs import BadInput, FilePath, Minutes, knob
 from engine.optimizers import optimizers
 from engine.process import RANK, WORLD, any_process, data_parallel, deferred_signals, run
-from engine.report import folder_of, picture, table, write_rows
+from engine.report import folder_of, picture, print_stories, table, write_rows
 from engine.store import obtain, read, same_knobs
 from engine.streams import seed_of, torch_stream
 from model import GPT, GPTConfig, write_model
@@ -442,7 +442,8 @@ def main(cfg):
 
     write_rows("train", cfg, task, rows)
     picture("train", cfg, draw, panels=2)
-    table(rows, {k: k for k in rows[0] if k not in ("flops", "history")})
+    table(rows, {k: k for k in rows[0] if k not in ("flops", "history", "stories")})
+    print_stories(rows)
 
 
 if __name__ == "__main__":

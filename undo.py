@@ -25,6 +25,7 @@ from engine.report import (
     mean,
     over_seeds,
     picture,
+    print_stories,
     say_edges,
     table,
     write_rows,
@@ -218,11 +219,11 @@ def compared(rows, records, cfg, task):
 def columns(rows):
     """{column of the table: (figure of a row, digits) or a function of a row}: see over_seeds."""
     flat = {k: (k, 0 if k.startswith("compute") else 2) for k in (
-        "retain", "forget", "forget_heldout_pairs", "compute_pct", "compute_pct_matched",
-        "robustness_mean") if k in rows[0]}
+        "retain", "forget", "forget_heldout_pairs", "forget_words", "mentions", "compute_pct",
+        "compute_pct_matched", "robustness_mean") if k in rows[0]}
     return flat | {f"{what} {step}": lambda row, what=what, step=step: row[what][step]
-                   for what in ("relearned", "relearned_heldout_pairs", "robustness")
-                   for step in rows[0].get(what, {})}
+                   for what, by_step in rows[0].items() if isinstance(by_step, dict)
+                   for step in by_step}
 
 
 def draw(axes, rows, task, cfg):
@@ -276,16 +277,19 @@ def main(cfg):
         rows += new
     print_table(rows, cfg)
     say_edges(rows, cfg)
+    print_stories([row for row in rows if row["seed"] == cfg.seed])
 
 
 def print_table(rows, cfg):
     step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
     last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
-    unseen = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}"}
+    further = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}",
+               "forget_words": "words", f"relearned_words {step}": f"after {step}",
+               "mentions": "mentions", f"relearned_mentions {step}": f"after {step}"}
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | {f"relearned {s}": f"after {s}" for s in shown}
-          | {k: header for k, header in unseen.items() if k in lines[0]}
+          | {k: header for k, header in further.items() if k in lines[0]}
           | {f"robustness {step}": f"robust@{step}", "robustness_mean": "robust",
              "compute_pct": "compute %", "compute_pct_matched": "matched %"})
 

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from engine.hardware import autocast
 from engine.knobs import BadInput, knob
 from engine.process import run
-from engine.report import draw_relearning, picture, say_edges, table, write_rows
+from engine.report import (
+    draw_relearning,
+    picture,
+    print_stories,
+    say_edges,
+    table,
+    write_rows,
+)
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, fill_attack, foundations, relearn
@@ -272,6 +279,7 @@ def main(cfg):
           | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}
              if flat[0]["unseen"] is not None else {}))
     say_edges(rows, given[0])
+    print_stories(rows)
 
 
 if __name__ == "__main__":

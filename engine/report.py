@@ -4,6 +4,7 @@ import io
 import json
 import os
 import statistics
+import textwrap
 from pathlib import Path
 
 from engine.disk import write
@@ -37,6 +38,14 @@ def say_edges(rows, cfg, name="model"):
     if len(cfg.lrs) > 1 and edges:
         print(f"note: after {last} steps the worst rate is at the edge of --lrs: " + "; ".join(
             f"{lr:g} for {', '.join(names)}" for lr, names in edges.items()))
+
+
+def print_stories(rows, name="model"):
+    """Prints a story that each model told, where rows have some (see data/tinystories.py)."""
+    for row in rows:
+        for story in row.get("stories", ())[:1]:
+            print(textwrap.fill(" ".join(f"{row[name]} tells: {story}".split()), 100,
+                                subsequent_indent="  "))
 
 
 def mean(rows, figure):
