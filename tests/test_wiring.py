@@ -368,7 +368,8 @@ def test_asked_one_way_and_learned_another(watch, method):
 
 
 class Ear:
-    """A model that keeps what it is shown: rows with their targets, and prompts, a list a call."""
+    """A model that keeps what it is shown: rows with their targets, and prompts, a list a call.
+    Arithmetic's are the questions of rows that have their answers."""
 
     def __init__(self, task):
         self.task, self.rows, self.prompts, self.where = task, [], [], {}
@@ -376,6 +377,10 @@ class Ear:
 
     def __call__(self, idx, targets=None, **how):
         self.rows += [] if targets is None else torch.cat((idx, targets[:, -1:]), 1).tolist()
+        if self.task.name == "arithmetic" and targets is None:
+            decode = self.task.tokenizer.decode
+            self.prompts.append([row[:next(n for n in range(2, len(row)) if decode(row[1:n])[-1]
+                                           in "=?")] for row in idx.tolist()])
         return torch.zeros(*idx.shape, 1) if targets is None else torch.tensor(0.5)
 
     def generate(self, prompts, n, *given, **how):
