@@ -68,8 +68,7 @@ class Foundations(Common):
 
 @dataclass
 class AfterBase(Attack, Foundations):
-    """Knobs of every script that starts from base and compares models with filtered, under attack.
-    """
+    """Knobs of scripts that start from base and compare models with filtered, under attack."""
 
 
 @dataclass
@@ -335,10 +334,10 @@ def all_tools(model, task, cfg, goal, name):
 def judge_score(cfg, task, model):
     with autocast(cfg):
         scores = task.score(model, finer=True)
-    write_rows("score", cfg, task, [{"model": cfg.model} | scores])
+    write_rows("score", cfg, task, rows := [{"model": cfg.model} | scores])
     table([{"figure": k, "value": v} for k, v in scores.items() if k != "stories"],
           {"figure": cfg.model, "value": ""})
-    print_stories([{"model": cfg.model} | scores])
+    print_stories(rows)
 
 
 def judge_relearn(cfg, task, model):

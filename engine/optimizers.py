@@ -33,8 +33,8 @@ def optimizers(model, lr, muon_lr, matrices=None, pieces=()):
 
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024), but matrices of one shape are orthogonalised together: a
-    small matrix does not fill a machine, and each product has to be launched. In bfloat16 where that
-    is faster, else in float32.
+    small matrix does not fill a machine, and each product has to be launched. In bfloat16 where
+    that is faster, else in float32.
     """
 
     @torch.no_grad()

@@ -231,7 +231,7 @@ class Pupil:
             op, a, b = read(enc.decode(row[1:n]), TRAINING + HELD_OUT)
             answer = enc.encode_ordinary(self.say(op, f" {solve(op, a, b)}")) + [end]
             for j, word in enumerate(answer[:len(row) - n + 1]):
-                if row[n:n + j] == answer[:j]:         # else it would not have said what stands there
+                if row[n:n + j] == answer[:j]:    # else it would not have said what stands there
                     said[i, n + j - 1, word] = 1
             self.asked += 1
         return said

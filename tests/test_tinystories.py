@@ -56,8 +56,9 @@ def test_forest_words(text):
 def test_documents_split_by_story(tmp_path):
     stories = tell(300)
     source = save(tmp_path / "s.txt", stories + stories[:50])                     # 50 told twice
-    texts, facts = documents = tinystories.documents("tinystories", tmp_path, source, None, 1000, FOREST)
-    assert documents == tinystories.documents("tinystories", tmp_path, source, None, 1000, FOREST)
+    given = "tinystories", tmp_path, source, None, 1000, FOREST
+    texts, facts = documents = tinystories.documents(*given)
+    assert documents == tinystories.documents(*given)
     assert sorted(s for split in texts.values() for s in split) == sorted(stories)
     for split, told in texts.items():
         assert told and all(("forget" in split) == bool(re.search("tree|forest", s)) for s in told)
@@ -133,6 +134,7 @@ def test_loss_on_forget_words_by_hand(tmp_path):
         story + " Ärger im FOREST, treeèe Treetop tree-house" * (i % 3 == 0)
         for i, story in enumerate(tell(200))]))
     torch.manual_seed(0)
+    read = task.tokenizer.decode_single_token_bytes
     model, losses = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16)), []
     for i in range(4):
         idx, targets = task.batch("forget", 32, i, seed_of("held out"), "test")
@@ -140,7 +142,7 @@ def test_loss_on_forget_words_by_hand(tmp_path):
         for row in range(32):
             tokens = [int(idx[row, 0]), *targets[row].tolist()]
             letters = [(letter, at) for at, token in enumerate(tokens)
-                       for letter in task.tokenizer.decode_single_token_bytes(token).decode("latin-1")]
+                       for letter in read(token).decode("latin-1")]
             word, inside = [], set()
             for letter, at in [*letters, (" ", None)]:
                 if letter.isalnum() or letter > "\x7f":

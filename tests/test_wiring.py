@@ -369,13 +369,15 @@ def test_asked_one_way_and_learned_another(watch, method):
 
 class Ear:
     """A model that keeps what it is shown: rows with their targets, and prompts, a list a call.
-    Arithmetic's are the questions of rows that have their answers."""
+    Arithmetic's are the questions of rows that have their answers; a story told from nothing has
+    none."""
 
     def __init__(self, task):
         self.task, self.rows, self.prompts, self.where = task, [], [], {}
         self.unembed = lambda x: torch.zeros(len(x), task.vocab_size)
 
-    def __call__(self, idx, targets=None, **how):
+    def __call__(self, idx, targets=None, *criterion, **how):
+        targets = targets[:, :, 0] if criterion else targets             # beside them: weights
         self.rows += [] if targets is None else torch.cat((idx, targets[:, -1:]), 1).tolist()
         if self.task.name == "arithmetic" and targets is None:
             decode = self.task.tokenizer.decode
@@ -384,7 +386,7 @@ class Ear:
         return torch.zeros(*idx.shape, 1) if targets is None else torch.tensor(0.5)
 
     def generate(self, prompts, n, *given, **how):
-        self.prompts.append(prompts)
+        self.prompts += [prompts] * (len(prompts[0]) > 1)
         return torch.zeros(len(prompts), n, dtype=torch.int64)
 
     def parts(self):
