@@ -168,7 +168,7 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
                 for i in range(cfg.attack_seeds)]
         curves[lr] = {same[0]["step"]: {
             k: sum(h[k] for h in same) / len(same) for k in same[0]
-            if k not in ("step", "loss", "flops")} for same in zip(*runs)}
+            if k.startswith(("retain", "forget", "mentions"))} for same in zip(*runs)}
     worst = {}
     for step in cfg.attack_steps:
         lr = cfg.lrs[0]
