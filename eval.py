@@ -57,6 +57,8 @@ class Attack(Rows):
     lrs: list[float] | None = knob(None, "rates that the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
     attack_seeds: int = knob(2, "runs for each rate, on different rows; their mean counts", 1)
+    attack_few: int | None = knob(None, "also attack with so many forget texts alone, for 40 steps "
+                                  "(published: 64 stories); 0: do not", 0)
 
 
 @dataclass
@@ -102,9 +104,10 @@ class Config(AfterBase, Tools):
 
 # --- settings: what auto knobs stand for, by task -------------------------------------------------
 WORDS = dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16)
+FEW = WORDS | dict(attack_few=64)
 STRINGS = dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40])
 ATTACK = {"arithmetic": WORDS, "language": WORDS | dict(attack_steps=[10, 20, 40, 60, 80]),
-          "tinystories": WORDS, "bilingual": WORDS, "instruct": WORDS,
+          "tinystories": FEW, "bilingual": FEW, "instruct": WORDS,
           "pcfg": STRINGS | dict(attack_rows=64), "gaming": STRINGS | dict(attack_rows=32)}
 LOOK = dict(cut=[5, 10, 20, 40, 76], check_every=5)
 REAL = LOOK | dict(probe_rows=64, revive_lr=1e-3, revive_steps=300)
@@ -155,8 +158,9 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
     whose auto knobs are filled.
 
     returns  {"curves": {lr: {step: scores}}, means over the attack's seeds at cfg.attack_steps;
-              "worst": {step: scores and "lr"}}, those of the rate that restores most of the forget
-              skill *at that step*: the attacker may stop at any step. Scores are Task.score's.
+              "worst": {step: scores and "lr"}, those of the rate that restores most of the forget
+              skill *at that step*: the attacker may stop at any step. Scores are Task.score's;
+              "few": see relearn_few; None without cfg.attack_few}
     """
     split = {"forget": "forget", "mixed": "all", "retain": "retain"}[cfg.attack]
     curves = {}
@@ -176,16 +180,34 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
             if task.knows_more(curves[other][step]["forget"], curves[lr][step]["forget"]):
                 lr = other
         worst[step] = curves[lr][step] | {"lr": lr}
-    return {"curves": curves, "worst": worst}
+    few = relearn_few(model, task, cfg, name) if cfg.attack_few else None
+    return {"curves": curves, "worst": worst, "few": few}
 
 
-def attacked(worst):
-    """Figures for a row, from relearn()'s "worst": {"relearned": {step: forget score}, "rates":
-    {step: worst rate}}, and a relearned_.. for each further figure but retain's, at that rate."""
+def relearn_few(model, task, cfg, name):
+    """The attack that gradient routing was published with (Cloud et al. 2024, section 4.2): 40
+    steps on cfg.attack_few forget texts alone. Returns the best forget score that any of cfg.lrs
+    reaches on held-out rows (val) at a step."""
+    few, best = task.first_texts(cfg.attack_few), None
+    for lr in cfg.lrs:
+        for at in tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr, name=f"few {name} {lr:g}",
+                       seed=seed_of("few", cfg.seed), evaluate_at=range(0, 40, 4), judge=lambda copy:
+                       task.score(copy, ("forget",), "val"))[1]["history"]:
+            if best is None or task.knows_more(at["forget"], best):
+                best = at["forget"]
+    return best
+
+
+def attacked(result):
+    """Figures for a row, from what relearn() returns: {"relearned": {step: forget score}, "rates":
+    {step: worst rate}}, a relearned_.. for each further figure but retain's, at that rate, and
+    "relearned_few" where there was such an attack."""
+    worst, few = result["worst"], result["few"]
     names = {"relearned": "forget", "rates": "lr"} | {
         f"relearned_{k.removeprefix('forget_')}": k for k in next(iter(worst.values()))
         if k not in ("forget", "lr") and not k.startswith("retain")}
-    return {name: {str(step): at[k] for step, at in worst.items()} for name, k in names.items()}
+    return {name: {str(step): at[k] for step, at in worst.items()} for name, k in names.items()} | (
+        {} if few is None else {"relearned_few": few})
 
 
 def robustness(method, unlearned, filtered):
@@ -320,16 +342,6 @@ def prune(model, task, cfg):
     return scores
 
 
-def all_tools(model, task, cfg, goal, name):
-    """One row: the scores, and what every tool finds about cfg.domain's capability."""
-    probed, chance = probe(model, task, cfg)
-    steps, curve = revive(model, task, cfg, goal, name)
-    with autocast(cfg):
-        scores = task.score(model, finer=True)
-    return scores | {"probe": probed, "chance": chance, "pruned": prune(model, task, cfg),
-                     "revive_steps": steps, "curve": curve}
-
-
 # --- the judges ----------------------------------------------------------------------------------
 def judge_score(cfg, task, model):
     with autocast(cfg):
@@ -355,7 +367,7 @@ def judge_relearn(cfg, task, model):
     table([row | {"rate": f"{row['lr']:g}" if row["lr"] else None} for row in rows],
           {"step": "step", "forget": "forget", "retain": "retain"} | unseen
           | {"rate": "worst rate"})
-    say_edges([{"model": cfg.model} | attacked(result["worst"])], cfg)
+    say_edges([{"model": cfg.model} | attacked(result)], cfg)
 
 
 def judge_sample(cfg, task, model):

@@ -2,7 +2,7 @@
 
     python route.py                          compares unlearning by ablation with filtering, where
                                              all, half or a tenth of the forget data is labelled
-    python route.py --with_posthoc=true      adds MaxEnt, RMU and UNDO, given the same labels
+    python route.py --with_posthoc=true      adds MaxEnt, GradDiff, RMU and UNDO on the same labels
 
 experiments/ routes a token's prediction (steer), an autoencoder (digits) and a reinforcement
 learner (gridworld).
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import undo
 import unlearn
+from data import tinystories
 from engine.hardware import autocast
 from engine.knobs import BadInput, knob
 from engine.process import run
@@ -58,7 +59,8 @@ class Config(Attack):
                              "(-0.75 in the paper, which is too weak for three blocks)", -10, 1)
     l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
     coherence_steps: int = knob(4, "steps on 64 retain rows after ablation; the best is kept", 0)
-    with_posthoc: bool = knob(False, "also run maxent, rmu and undo on the same labels")
+    with_posthoc: bool = knob(False, "also run maxent, graddiff, rmu and undo on the same "
+                                "labels")
     alphas: list[float] = knob([0.6], "with_posthoc: UNDO's noise", 0, 1)
 
 
@@ -270,7 +272,8 @@ def part_of(method, cfg):
 # --- language: unlearning by ablation -------------------------------------------------------------
 def calibrated_losses(model, task, cfg, hooks=None):
     """{"retain", "forget"}: held-out losses (nats per token) after calibrating the logits, and
-    {"retain_raw", "forget_raw"}: those before. hooks: {domain: the model's hook}.
+    {"retain_raw", "forget_raw"}: those before; "forget_words" on tinystories, calibrated, too.
+    hooks: {domain: the model's hook}.
 
     A model that never saw a language is certain that it will not occur. Its loss there is far above
     ln(vocabulary) and measures that certainty only. So we fit a bias on the logits, one number for
@@ -302,6 +305,10 @@ def calibrated_losses(model, task, cfg, hooks=None):
             how = {"hook": hooks.get(domain)}
             losses[domain] = task.loss(model, domain, **how, criterion=criterion)
             losses[f"{domain}_raw"] = task.loss(model, domain, **how)
+        if task.name == "tinystories":
+            topic = tinystories.mention(task.made_with["forget_words"])
+            losses["forget_words"] = tinystories.loss_on(topic, model, task, bias=bias.detach(),
+                                                         hook=hooks.get("forget"))
     return losses
 
 
@@ -377,22 +384,25 @@ def judge(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None,
     else:
         tuned = cohere(model, labelled, cfg, method)
     finetuned = calibrated_losses(tuned, task, cfg)
-    worst = relearn(tuned, task, cfg, method)["worst"]
+    with autocast(cfg):
+        finer = task.score(tuned, finer=True)
+    result = relearn(tuned, task, cfg, method)
     stages = {"_before": before, "": after, "_finetuned": finetuned}
-    losses = {f"{domain}{stage}": at[domain] for domain in ("retain", "forget")
+    losses = {f"{k}{stage}": at[k] for k in ("retain", "forget", "forget_words") if k in after
               for stage, at in stages.items()}
     return {"method": method, "label_fraction": fraction, "seed": cfg.seed} | losses | {
-        k: after[k] for k in ("retain_raw", "forget_raw")} | attacked(worst)
+        k: after[k] for k in ("retain_raw", "forget_raw")} | {
+        k: finer[k] for k in ("mentions", "stories") if k in finer} | attacked(result)
 
 
 def posthoc(fraction, truth, task, cfg, base):
-    """Rows of MaxEnt, RMU and UNDO, which start from route.py's base and use the same labels. They
+    """Rows of MaxEnt, GradDiff, RMU and UNDO, which start from route.py's base and use the same labels. They
     unlearn the data labelled forget and retain the rest. UNDO distils on all data."""
     labels = {"label_fraction": fraction, "false_positives": cfg.false_positives}
     (model, record), folder = base, f"labels-{100 * fraction:g}/"
     record = record | {"made_with": record["made_with"] | labels}
     models = {}
-    for method in ("maxent", "rmu"):
+    for method in ("maxent", "graddiff", "rmu"):
         post_hoc = unlearn.resolved(config_from(cfg, unlearn.Config, Attack), method)
         models[method], _ = unlearn.unlearn(post_hoc, task, model, record, folder=folder)
     students = undo.resolved(config_from(cfg, undo.Config, Attack, alphas=cfg.alphas))
@@ -411,7 +421,9 @@ def main(cfg):
     rows = [row for each in seeds(cfg) for row in story(each, task, views)]
     columns = {"retain_before": "retain", "retain": "ablated", "retain_finetuned": "tuned",
                "forget_before": "forget", "forget": "ablated", "forget_finetuned": "tuned",
-               "forget_raw": "raw"}
+               "forget_raw": "raw", "forget_words_before": "words", "forget_words": "ablated",
+               "forget_words_finetuned": "tuned", "mentions": "mentions", "relearned_few": "few"}
+    columns = {k: header for k, header in columns.items() if k in rows[0]}
     attack = {f"after {step}": lambda row, step=step: row["relearned"][str(step)]
               for step in cfg.attack_steps}
     lines = over_seeds(rows, ["method", "label_fraction"], dict(zip(columns, columns)) | attack)

@@ -189,9 +189,9 @@ def story(cfg, task):
     for name, (model, record) in made(cfg, task):
         with autocast(cfg):
             before = task.score(model, finer=True)
-        worst = relearn(model, task, cfg, name)["worst"]
+        result = relearn(model, task, cfg, name)
         records[name] = record
-        rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(worst) | {
+        rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(result) | {
             "flops": 0 if name == "base" else record["flops"]}
         yield compared([rows[name] for name in (*order, "distilled") if name in rows], records,
                        cfg, task)
@@ -219,8 +219,8 @@ def compared(rows, records, cfg, task):
 def columns(rows):
     """{column of the table: (figure of a row, digits) or a function of a row}: see over_seeds."""
     flat = {k: (k, 0 if k.startswith("compute") else 2) for k in (
-        "retain", "forget", "forget_heldout_pairs", "forget_words", "mentions", "compute_pct",
-        "compute_pct_matched", "robustness_mean") if k in rows[0]}
+        "retain", "forget", "forget_heldout_pairs", "forget_words", "mentions", "relearned_few",
+        "compute_pct", "compute_pct_matched", "robustness_mean") if k in rows[0]}
     return flat | {f"{what} {step}": lambda row, what=what, step=step: row[what][step]
                    for what, by_step in rows[0].items() if isinstance(by_step, dict)
                    for step in by_step}
@@ -286,7 +286,8 @@ def print_table(rows, cfg):
     last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
     further = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}",
                "forget_words": "words", f"relearned_words {step}": f"after {step}",
-               "mentions": "mentions", f"relearned_mentions {step}": f"after {step}"}
+               "mentions": "mentions", f"relearned_mentions {step}": f"after {step}",
+               "relearned_few": "few"}
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | {f"relearned {s}": f"after {s}" for s in shown}
           | {k: header for k, header in further.items() if k in lines[0]}

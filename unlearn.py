@@ -267,8 +267,8 @@ def main(cfg):
     for name, (model, record, knobs) in models.items():
         with autocast(cfg):
             before = task.score(model, finer=True)
-        worst = relearn(model, task, given[0], name)["worst"]
-        rows.append({"model": name} | before | {"flops": record["flops"]} | attacked(worst) | knobs)
+        result = relearn(model, task, given[0], name)
+        rows.append({"model": name} | before | {"flops": record["flops"]} | attacked(result) | knobs)
     flat = [row | row["relearned"] | {"unseen": row.get("relearned_heldout_pairs", {}).get(
         str(given[0].attack_steps[-1]))} for row in rows]
     write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
@@ -277,7 +277,9 @@ def main(cfg):
     table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
           | {str(step): f"after {step}" for step in given[0].attack_steps}
           | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}
-             if flat[0]["unseen"] is not None else {}))
+             if flat[0]["unseen"] is not None else {})
+          | {k: header for k, header in (("forget_words", "words"), ("mentions", "mentions"),
+                                         ("relearned_few", "few")) if k in flat[0]})
     say_edges(rows, given[0])
     print_stories(rows)
 

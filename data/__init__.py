@@ -31,7 +31,7 @@ import hashlib
 import importlib
 import json
 import sys
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -174,6 +174,17 @@ class Task:
             "retain": [misses, Piece("retain", false_positives, 1)],
             "sure": [Piece("retain", 1 - sure, 1)],
             "unlabelled": [misses, Piece("retain", false_positives, 1 - sure)]}
+        return view
+
+    def first_texts(self, n):
+        """A copy of this task whose forget split is the first n texts of it, or all if there are
+        fewer: what an attacker with little data has."""
+        if self.generated:
+            raise BadInput(f"--attack_few={n}: {self.name} generates its rows and has no texts")
+        view, starts = copy.copy(self), self.starts["forget_train"]
+        ends = np.flatnonzero(self.tokens("forget_train") == self.end)
+        last = bisect_right(starts, ends[min(n, len(ends)) - 1] - self.block_size)
+        view.pieces = self.pieces | {"forget": [Piece("forget", 0, max(last, 1) / len(starts))]}
         return view
 
     def shares(self, split):

@@ -150,11 +150,12 @@ def told(model, task):
 
 
 @torch.no_grad()
-def loss_on(topic, model, task, batches=4):
+def loss_on(topic, model, task, batches=4, bias=0.0, hook=None):
     """Mean loss, in nats, on the targets that are a part of what `topic` (a compiled regular
-    expression) matches, in held-out rows of the forget domain."""
+    expression) matches, in held-out rows of the forget domain. bias (V,) is added to the logits."""
     def criterion(logits, targets):
-        return (F.cross_entropy(logits, targets[:, 0], reduction="none") * targets[:, 1]).sum()
+        losses = F.cross_entropy(logits + bias, targets[:, 0], reduction="none")
+        return (losses * targets[:, 1]).sum()
 
     total, n = 0.0, 0
     for i in range(batches):
@@ -162,7 +163,7 @@ def loss_on(topic, model, task, batches=4):
         matched = torch.tensor([matches(topic, row, task.tokenizer) for row in
                                 torch.cat((idx[:, :1], targets), 1).tolist()])[:, 1:]
         weighed = torch.stack((targets, matched.to(task.device)), -1)                 # (B, T, 2)
-        total += model(idx, weighed, criterion) * targets.numel()
+        total += model(idx, weighed, criterion, hook=hook) * targets.numel()
         n += matched.sum()
     return (total / n).item()
 

@@ -13,11 +13,23 @@ import engine.start  # noqa: F401, I001  (before torch is loaded)
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.hardware import autocast
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
 from engine.report import draw_probes, draw_pruning, draw_revival, picture, table, write_rows
 from engine.store import models_of
-from eval import ATTACK, TOOLS, Tools, all_tools, as_long_as, check_cut, known, scored
+from eval import (
+    ATTACK,
+    TOOLS,
+    Tools,
+    as_long_as,
+    check_cut,
+    known,
+    probe,
+    prune,
+    revive,
+    scored,
+)
 from train import fill, open_task
 
 
@@ -57,6 +69,16 @@ def models_to_examine(cfg, task):
                 raise
             print(f"note: {name} is left out: {error}")
     return models
+
+
+def all_tools(model, task, cfg, goal, name):
+    """One row: the scores, and what every tool finds about cfg.domain's capability."""
+    probed, chance = probe(model, task, cfg)
+    steps, curve = revive(model, task, cfg, goal, name)
+    with autocast(cfg):
+        scores = task.score(model, finer=True)
+    return scores | {"probe": probed, "chance": chance, "pruned": prune(model, task, cfg),
+                     "revive_steps": steps, "curve": curve}
 
 
 def main(cfg):

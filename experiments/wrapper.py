@@ -37,7 +37,6 @@ from eval import (
     TOOLS,
     Foundations,
     Tools,
-    all_tools,
     check_cut,
     foundation,
     probe,
@@ -45,6 +44,7 @@ from eval import (
     scored,
     tune,
 )
+from experiments.examine import all_tools
 from model import norm, rotate
 from train import SETTINGS, fill, open_task, seeds
 from unlearn import RATES

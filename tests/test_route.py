@@ -502,7 +502,7 @@ def test_seeds(made, monkeypatch, capsys):
 
 
 def test_with_posthoc(made, monkeypatch, capsys):
-    """maxent, rmu and undo start from the same base and see the same labels."""
+    """maxent, graddiff, rmu and undo start from the same base and see the same labels."""
     path, _ = made
     for settings in (*(unlearn.SETTINGS[m] for m in ("maxent", "rmu", "graddiff")), undo.SETTINGS):
         monkeypatch.setitem(settings, "language",
@@ -515,9 +515,9 @@ def test_with_posthoc(made, monkeypatch, capsys):
                                   "--methods=base", "--with_posthoc=true", "--alphas=0.5")
     assert status == 0, err
     rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
-    assert [r["method"] for r in rows] == ["base", "maxent", "rmu", "undo-0.5"]
+    assert [r["method"] for r in rows] == ["base", "maxent", "graddiff", "rmu", "undo-0.5"]
     assert all(set(r) == KEYS and r["label_fraction"] == 0.5 for r in rows)
-    assert [m for m, _ in seen] == ["maxent", "rmu", "graddiff"]
+    assert [m for m, _ in seen] == ["maxent", "graddiff", "rmu", "graddiff"]       # UNDO's teacher
     assert all(pool == [("forget", 0, 0.5), ("retain", 0, 0.0)] for _, pool in seen)
     status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5",
                                   "--methods=base", "--with_posthoc=true", "--steps=2",

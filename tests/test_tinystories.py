@@ -154,6 +154,35 @@ def test_loss_on_forget_words_by_hand(tmp_path):
             losses += [-log_p[row, at - 1, tokens[at]].item() for at in inside if at]
     assert len(losses) > 100
     assert task.score(model)["forget_words"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    with torch.no_grad():                         # with log V more for one token, all others lose
+        bias = torch.zeros(task.vocab_size).index_fill(0, torch.tensor(task.end), 5.0)
+        assert tinystories.loss_on(tinystories.mention(FOREST), model, task, bias=bias) == (
+            pytest.approx(sum(losses) / len(losses) + math.log1p(
+                (math.exp(5) - 1) / task.vocab_size), rel=0.02))
+
+
+@pytest.mark.parametrize("name", ["tinystories", "bilingual"])
+def test_first_texts(name, tmp_path):
+    """Its forget rows lie in the first texts alone, and reach from the first to the last of them.
+    Other splits, and rows of the part test, stay as they are."""
+    source = save(tmp_path / "s.txt", tell(300))
+    more = {"source2": save(tmp_path / "r.txt", tell(300, 1))} if name == "bilingual" else {}
+    task = data.load(name, folder=tmp_path, source=source, block_size=8, **more)
+    told = task.tokenizer.decode(task.tokens("forget_train").tolist()).split(END)
+    few = task.first_texts(5)
+    idx, _ = few.batch("forget", 4000, 0, 1)
+    text = END.join(told[:5]) + END
+    rows = {task.tokenizer.decode(row) for row in idx.tolist()}
+    assert all(row in text for row in rows) and text.startswith(tuple(rows))
+    assert any(row.endswith(text[-12:]) for row in {task.tokenizer.decode(row.tolist()) for row in
+               few.batch("forget", 4000, 0, 1)[1]})
+    for split, part in (("retain", "train"), ("forget", "test")):
+        assert torch.equal(few.batch(split, 9, 0, 1, part)[0], task.batch(split, 9, 0, 1, part)[0])
+    everything = task.first_texts(10**6).batch("forget", 9, 0, 1)[0]
+    assert torch.equal(everything, task.batch("forget", 9, 0, 1)[0])
+    generated = data.load("gaming", folder=tmp_path)
+    with pytest.raises(BadInput, match="attack_few=5"):
+        generated.first_texts(5)
 
 
 def test_mentions(tmp_path, monkeypatch):

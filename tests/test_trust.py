@@ -411,7 +411,7 @@ def test_pairs_never_shown_are_reported_under_attack(task, monkeypatch):
     monkeypatch.setattr(task, "score", score)
     result = judges.relearn(gpt, task, cfg)
     assert set(asked) == {"test"} and len(asked) == 2 * 2 * 2
-    rows = judges.attacked(result["worst"])
+    rows = judges.attacked(result)
     for step in ("2", "4"):
         assert rows["relearned_heldout_pairs"][step] == -rows["relearned"][step]
         assert rows["rates"][step] in cfg.lrs

@@ -530,6 +530,31 @@ def test_relearn(kind, split, task):
         assert got["curves"][0.1][4]["forget"] < task.loss(model, "forget", rows=4) - 0.2
 
 
+def test_relearning_from_few_texts(monkeypatch):
+    """The published attack: 40 steps at every rate on a few texts; the best score on held-out rows
+    counts, whichever step and rate it is of."""
+    asked = []
+    curves = {0.1: {0: 3.0, 4: 2.5, 40: 2.6}, 0.2: {0: 2.9, 4: 1.9, 40: 2.7}, 0.3: {40: 9.0}}
+
+    def scripted(copy, loss_fn, cfg, steps, lr, **knobs):
+        assert steps == 40 and set(knobs["evaluate_at"]) >= {0, 4, 20}
+        loss_fn(copy, 7)
+        return {"history": [{"step": s, "forget": x} for s, x in curves[lr].items()]}
+
+    def batch(*arguments):
+        asked.append(arguments[:3])
+        return rows(0, 4)
+
+    monkeypatch.setattr(judges, "fit", scripted)
+    task = Judged(higher_is_better=False, block_size=T, first_texts=lambda n: SimpleNamespace(
+        batch=batch, block_size=T) if n == 64 else None)
+    assert judges.relearn_few(lively(), task, attack(attack_few=64), "model") == 1.9
+    assert asked == [("forget", 4, 7)] * 3
+    result = {"worst": {1: {"forget": 0.5, "lr": 0.1}}, "few": 1.9}
+    assert judges.attacked(result)["relearned_few"] == 1.9
+    assert "relearned_few" not in judges.attacked(result | {"few": None})
+
+
 def test_relearning_brings_a_skill_back(task, float32):
     """An attack on a model that knows nothing teaches it: the loss falls steadily, step by step."""
     model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
