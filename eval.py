@@ -190,9 +190,10 @@ def relearn_few(model, task, cfg, name):
     reaches on held-out rows (val) at a step."""
     few, best = task.first_texts(cfg.attack_few), None
     for lr in cfg.lrs:
-        for at in tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr, name=f"few {name} {lr:g}",
-                       seed=seed_of("few", cfg.seed), evaluate_at=range(0, 40, 4), judge=lambda copy:
-                       task.score(copy, ("forget",), "val"))[1]["history"]:
+        _, record = tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr, evaluate_at=range(40),
+                         seed=seed_of("few", cfg.seed), name=f"few {name} {lr:g}",
+                         judge=lambda model: task.score(model, ("forget",), "val"))
+        for at in record["history"]:
             if best is None or task.knows_more(at["forget"], best):
                 best = at["forget"]
     return best

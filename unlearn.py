@@ -268,7 +268,8 @@ def main(cfg):
         with autocast(cfg):
             before = task.score(model, finer=True)
         result = relearn(model, task, given[0], name)
-        rows.append({"model": name} | before | {"flops": record["flops"]} | attacked(result) | knobs)
+        rows.append({"model": name} | before | {"flops": record["flops"]} | attacked(result)
+                    | knobs)
     flat = [row | row["relearned"] | {"unseen": row.get("relearned_heldout_pairs", {}).get(
         str(given[0].attack_steps[-1]))} for row in rows]
     write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
