@@ -187,10 +187,10 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
 def relearn_few(model, task, cfg, name):
     """The attack that gradient routing was published with (Cloud et al. 2024, section 4.2): 40
     steps on cfg.attack_few forget texts alone. Returns the best forget score that any of cfg.lrs
-    reaches on held-out rows (val) at a step."""
+    reaches on held-out rows (val), which are looked at every fourth step."""
     few, best = task.first_texts(cfg.attack_few), None
     for lr in cfg.lrs:
-        _, record = tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr, evaluate_at=range(40),
+        _, record = tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr, evaluate_at=range(0, 40, 4),
                          seed=seed_of("few", cfg.seed), name=f"few {name} {lr:g}",
                          judge=lambda model: task.score(model, ("forget",), "val"))
         for at in record["history"]:
