@@ -190,9 +190,10 @@ def relearn_few(model, task, cfg, name):
     reaches on held-out rows (val), which are looked at every fourth step."""
     few, best = task.first_texts(cfg.attack_few), None
     for lr in cfg.lrs:
-        _, record = tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr, evaluate_at=range(0, 40, 4),
+        _, record = tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr,
                          seed=seed_of("few", cfg.seed), name=f"few {name} {lr:g}",
-                         judge=lambda model: task.score(model, ("forget",), "val"))
+                         judge=lambda model: task.score(model, ("forget",), "val"),
+                         evaluate_at=range(0, 40, 4))
         for at in record["history"]:
             if best is None or task.knows_more(at["forget"], best):
                 best = at["forget"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -124,7 +125,8 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
                                   model tells from nothing at temperature 1, as long as a row
     retain_bits_per_byte, ..      with finer: bits per byte compare two languages better, because
                                   their tokens differ in length. END is a token without bytes
-    stories                       with finer: the first SHOWN of the stories, as texts
+    stories                       with finer: the first SHOWN of these stories; for bilingual, a
+                                  held-out story's beginning in each language, told to its end
     """
     figures = {domain: task.loss(model, domain, 32 if part == "val" else 128, part)
                for domain in domains}
@@ -138,6 +140,8 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
         figures["mentions"] = sum(bool(topic.search(story)) for story in stories) / len(stories)
         if finer:
             figures["stories"] = stories[:SHOWN]
+    elif finer and part == "test":
+        figures["stories"] = [told_on(domain, model, task) for domain in domains]
     return figures
 
 
@@ -147,6 +151,18 @@ def told(model, task):
     tokens = model.generate([[task.end]], task.block_size - 1, 1.0, task.end, samples=TOLD).tolist()
     stories = [story[:story.index(task.end)] if task.end in story else story for story in tokens]
     return [task.tokenizer.decode(story) for story in stories]
+
+
+def told_on(domain, model, task, begun=8):
+    """A story whose first tokens are those of a held-out story of the domain; the model tells the
+    rest at temperature 1, up to a row's length. Between the two stands a bar."""
+    tokens = task.tokens(f"{domain}_val")
+    ends = np.flatnonzero(tokens == task.end)
+    first = ends[len(ends) // 2]                                    # the second half is for tests
+    prompt = tokens[first:first + 1 + begun].tolist()
+    new = model.generate([prompt], task.block_size - len(prompt), 1.0, task.end)[0].tolist()
+    told = new[:new.index(task.end)] if task.end in new else new
+    return " | ".join(map(task.tokenizer.decode, (prompt[1:], told)))
 
 
 @torch.no_grad()

@@ -41,9 +41,9 @@ def say_edges(rows, cfg, name="model"):
 
 
 def print_stories(rows, name="model"):
-    """Prints a story that each model told, where rows have some (see data/tinystories.py)."""
+    """Prints two stories that each model told, where rows have some (see data/tinystories.py)."""
     for row in rows:
-        for story in row.get("stories", ())[:1]:
+        for story in row.get("stories", ())[:2]:
             print(textwrap.fill(" ".join(f"{row[name]} tells: {story}".split()), 100,
                                 subsequent_indent="  "))
 
