@@ -56,7 +56,8 @@ class Attack(Rows):
                        "mix, or retain data alone", choices=["forget", "mixed", "retain"])
     lrs: list[float] | None = knob(None, "rates that the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
-    attack_seeds: int = knob(2, "runs for each rate, on different rows; their mean counts", 1)
+    attack_seeds: int | None = knob(None, "runs for each rate, on different rows; their mean "
+                                    "counts", 1)
     attack_few: int | None = knob(None, "also attack with so many forget texts alone, for 40 steps "
                                   "(published: 64 stories); 0: do not", 0)
 
@@ -103,11 +104,11 @@ class Config(AfterBase, Tools):
 
 
 # --- settings: what auto knobs stand for, by task -------------------------------------------------
-WORDS = dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16)
-FEW = WORDS | dict(attack_few=64)
-STRINGS = dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40])
+WORDS = dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16, attack_seeds=2)
+STORIES = WORDS | dict(attack_steps=[10, 40, 80], attack_rows=8, attack_seeds=1, attack_few=64)
+STRINGS = dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40], attack_seeds=2)
 ATTACK = {"arithmetic": WORDS, "language": WORDS | dict(attack_steps=[10, 20, 40, 60, 80]),
-          "tinystories": FEW, "bilingual": FEW, "instruct": WORDS,
+          "tinystories": STORIES, "bilingual": STORIES, "instruct": WORDS,
           "pcfg": STRINGS | dict(attack_rows=64), "gaming": STRINGS | dict(attack_rows=32)}
 LOOK = dict(cut=[5, 10, 20, 40, 76], check_every=5)
 REAL = LOOK | dict(probe_rows=64, revive_lr=1e-3, revive_steps=300)

@@ -64,10 +64,10 @@ class Config(Attack):
     alphas: list[float] = knob([0.6], "with_posthoc: UNDO's noise", 0, 1)
 
 
-STORIES = dict(steps=600, batch_size=16, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
-               attack_steps=[10, 20, 40, 80, 120])
+STORIES = dict(steps=1200, batch_size=8, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3])
 SETTINGS = {"tinystories": STORIES, "bilingual": STORIES,       # what auto knobs stand for, by task
-            "language": STORIES | dict(steps=400, batch_size=32)}
+            "language": STORIES | dict(steps=400, batch_size=32,
+                                       attack_steps=[10, 20, 40, 80, 120])}
 
 
 # --- masks: the whole idea ------------------------------------------------------------------------
@@ -307,8 +307,8 @@ def calibrated_losses(model, task, cfg, hooks=None):
             losses[f"{domain}_raw"] = task.loss(model, domain, **how)
         if task.name == "tinystories":
             topic = tinystories.mention(task.made_with["forget_words"])
-            losses["forget_words"] = tinystories.loss_on(topic, model, task, bias=bias.detach(),
-                                                         hook=hooks.get("forget"))
+            _, losses["forget_words"] = tinystories.losses_on(
+                topic, model, task, bias=bias.detach(), hook=hooks.get("forget"))
     return losses
 
 

@@ -105,7 +105,7 @@ def test_score(tmp_path):
     model.register_forward_pre_hook(lambda model, inputs: calls.append(len(inputs[0])))
     task.files["retain_train"] = task.files["forget_train"] = None        # not needed: val only
     before = task.score(model)
-    assert set(before) == {"retain", "forget", "forget_words", "mentions"} and calls == [32] * 12
+    assert set(before) == {"retain", "forget", "forget_words", "mentions"} and calls == [32] * 8
     assert before == task.score(model)
     batches = [task.batch("forget", 32, i, seed_of("held out"), "test") for i in range(4)]
     assert before["forget"] == pytest.approx(sum(model(*some).item() for some in batches) / 4)
@@ -156,7 +156,7 @@ def test_loss_on_forget_words_by_hand(tmp_path):
     assert task.score(model)["forget_words"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     with torch.no_grad():                         # with log V more for one token, all others lose
         bias = torch.zeros(task.vocab_size).index_fill(0, torch.tensor(task.end), 5.0)
-        assert tinystories.loss_on(tinystories.mention(FOREST), model, task, bias=bias) == (
+        assert tinystories.losses_on(tinystories.mention(FOREST), model, task, bias=bias)[1] == (
             pytest.approx(sum(losses) / len(losses) + math.log1p(
                 (math.exp(5) - 1) / task.vocab_size), rel=0.02))
 
@@ -194,9 +194,9 @@ def test_mentions(tmp_path, monkeypatch):
     ids = [encode(text) for text in texts]
 
     def generate(prompts, n, temperature, stop, samples):
-        assert (prompts, temperature, stop) == ([[task.end]], 1.0, task.end)
-        assert n == task.block_size - 1 and samples == tinystories.TOLD == 200
-        return torch.tensor([row + [task.end] * (n - len(row)) for row in ids * 40])
+        assert (prompts, stop, n) == ([[task.end]], task.end, task.block_size - 1)
+        assert (samples, temperature) in ((tinystories.TOLD, 1.0), (tinystories.SHOWN, 0.6))
+        return torch.tensor([row + [task.end] * (n - len(row)) for row in ids * 40])[:samples]
 
     model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
     monkeypatch.setattr(model, "generate", generate)
@@ -204,6 +204,24 @@ def test_mentions(tmp_path, monkeypatch):
     assert score["mentions"] == pytest.approx(2 / 5) and score["stories"] == texts[:3]
     monkeypatch.undo()
     assert task.score(model) == task.score(model)              # always by the same random numbers
+
+
+def test_bilingual_stories(tmp_path, monkeypatch):
+    """Each goes on with a held-out story of its language, up to its own end or a row's."""
+    task = data.load("bilingual", folder=tmp_path, source=save(tmp_path / "en.txt", tell(150)),
+                     source2=save(tmp_path / "ru.txt", tell(150, 1, [
+                         "мама", "кот", "дом", "лес", "ёж", "шёл", "сел", "и", "он", "она"])))
+    model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
+    more = task.tokenizer.encode_ordinary(" the end")
+    monkeypatch.setattr(model, "generate", lambda prompts, n, temperature, stop: torch.tensor(
+        [more + [stop] * (n - len(more))]))
+    figures = task.score(model, finer=True)
+    assert "mentions" not in figures and len(figures["stories"]) == 2
+    for domain, story in zip(BOTH, figures["stories"]):
+        begun, end = story.split(" | ")
+        held_out = task.tokenizer.decode(task.tokens(f"{domain}_val").tolist()).split(END)
+        assert any(told.startswith(begun) for told in held_out[len(held_out) // 2:])
+        assert end == " the end"
 
 
 def test_topics(tmp_path):
