@@ -99,11 +99,13 @@ def config_from(cfg, config, shared=Common, **knobs):
 
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=128, lr=6e-3, muon_lr=0.02)
+STORIES = dict(n_layer=4, n_head=4, n_embd=192, lr=6e-3, muon_lr=0.02, batch_size=8, steps=2400,
+               filtered_steps=2000)
 SETTINGS = {             # by task: what auto knobs of the model and of pretraining stand for
     "arithmetic": SMALL | dict(batch_size=32, steps=1500, filtered_steps=1000),
     "language": SMALL | dict(batch_size=32, steps=1500, filtered_steps=800),
-    "tinystories": SMALL | dict(batch_size=16, steps=1200, filtered_steps=1000),
-    "bilingual": SMALL | dict(batch_size=16, steps=1200, filtered_steps=700),
+    "tinystories": STORIES,
+    "bilingual": STORIES | dict(filtered_steps=1400),
     "instruct": SMALL | dict(batch_size=16, steps=700, filtered_steps=750),
     "pcfg": SMALL | dict(n_embd=64, batch_size=64, steps=800, filtered_steps=600, lr=2e-3),
     "gaming": SMALL | dict(n_layer=2, n_embd=64, batch_size=128, steps=800, filtered_steps=800,

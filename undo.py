@@ -58,7 +58,7 @@ class Config(AfterBase):
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
 
 
-STORIES = dict(method="graddiff", alphas=[0.6, 0.7], steps=400, batch_size=16, lr=6e-3,
+STORIES = dict(method="graddiff", alphas=[0.6, 0.7], steps=800, batch_size=8, lr=6e-3,
                muon_lr=0.02, check_every=10)
 STRINGS = dict(method="maxent", alphas=[0.3, 0.6], steps=600, batch_size=64, lr=2e-3,
                muon_lr=0.02, check_every=10)
@@ -69,7 +69,8 @@ SETTINGS = {                                # what auto knobs stand for, by task
     # model's.
     "language": dict(method="graddiff", alphas=[0.6, 0.7], steps=300, batch_size=32, lr=6e-3,
                      muon_lr=0.02, check_every=5),
-    "tinystories": STORIES, "bilingual": STORIES, "instruct": STORIES,
+    "tinystories": STORIES, "bilingual": STORIES,
+    "instruct": STORIES | dict(steps=400, batch_size=16),
     "pcfg": STRINGS, "gaming": STRINGS}
 
 

@@ -37,16 +37,21 @@ from train import fill, fit, open_task
 METHOD_KNOBS = "steps", "lr", "retain_weight", "batch_size"
 TUNED = {
     "maxent":   {"arithmetic": (80, 5e-4, 50.0, 32), "language": (40, 1e-3, 20.0, 32),
-                 "tinystories": (40, 1e-3, 20.0, 32), "pcfg": (40, 3e-4, 1.0, 64)},
+                 "tinystories": (40, 1e-3, 20.0, 16), "instruct": (40, 1e-3, 20.0, 32),
+                 "pcfg": (40, 3e-4, 1.0, 64)},
     "graddiff": {"arithmetic": (40, 5e-4, 50.0, 32), "language": (40, 1e-3, 3.0, 32),
-                 "tinystories": (40, 1e-3, 3.0, 32), "pcfg": (40, 3e-4, 3.0, 64)},
+                 "tinystories": (80, 7e-4, 5.0, 16), "instruct": (40, 1e-3, 3.0, 32),
+                 "pcfg": (40, 3e-4, 3.0, 64)},
     "rmu":      {"arithmetic": (60, 1e-3, 1.0, 32), "language": (60, 1e-3, 1.0, 32),
-                 "tinystories": (60, 1e-3, 1.0, 32), "pcfg": (60, 1e-3, 1.0, 64)},
+                 "tinystories": (60, 1e-3, 10.0, 16), "instruct": (60, 1e-3, 1.0, 32),
+                 "pcfg": (60, 1e-3, 1.0, 64)},
     "oracle":   {"arithmetic": (100, 1e-3, None, 32), "language": (150, 1e-3, None, 32),
-                 "tinystories": (150, 1e-3, None, 16), "pcfg": (100, 1e-3, None, 64)},
+                 "tinystories": (150, 1e-3, None, 8), "instruct": (150, 1e-3, None, 16),
+                 "pcfg": (100, 1e-3, None, 64)},
     "finetune": {"arithmetic": (60, 1e-3, None, 32), "language": (60, 1e-3, None, 32),
-                 "tinystories": (60, 1e-3, None, 32), "pcfg": (200, 3e-4, None, 128)}}
-ALIKE = {"bilingual": "tinystories", "instruct": "tinystories", "gaming": "pcfg"}
+                 "tinystories": (60, 1e-3, None, 16), "instruct": (60, 1e-3, None, 32),
+                 "pcfg": (200, 3e-4, None, 128)}}
+ALIKE = {"bilingual": "tinystories", "gaming": "pcfg"}
 SETTINGS = {method: {task: dict(zip(METHOD_KNOBS, by_task[ALIKE.get(task, task)]))
                      for task in (*by_task, *ALIKE)} for method, by_task in TUNED.items()}
 # Rates of fine-tuning that have names (large, medium, small), by task.
