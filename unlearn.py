@@ -40,7 +40,7 @@ TUNED = {
                  "tinystories": (40, 1e-3, 20.0, 16), "instruct": (40, 1e-3, 20.0, 32),
                  "pcfg": (40, 3e-4, 1.0, 64)},
     "graddiff": {"arithmetic": (40, 5e-4, 50.0, 32), "language": (40, 1e-3, 3.0, 32),
-                 "tinystories": (80, 7e-4, 5.0, 16), "instruct": (40, 1e-3, 3.0, 32),
+                 "tinystories": (120, 5e-4, 5.0, 16), "instruct": (40, 1e-3, 3.0, 32),
                  "pcfg": (40, 3e-4, 3.0, 64)},
     "rmu":      {"arithmetic": (60, 1e-3, 1.0, 32), "language": (60, 1e-3, 1.0, 32),
                  "tinystories": (60, 1e-3, 10.0, 16), "instruct": (60, 1e-3, 1.0, 32),
