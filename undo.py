@@ -17,11 +17,13 @@ from dataclasses import dataclass
 import torch
 
 import unlearn
+from data.tinystories import mention
 from engine.hardware import autocast
 from engine.knobs import knob
 from engine.process import run
 from engine.report import (
     draw_relearning,
+    draw_stories,
     mean,
     over_seeds,
     picture,
@@ -227,8 +229,29 @@ def columns(rows):
                    for step in by_step}
 
 
-def draw(axes, rows, task, cfg):
-    """Left: relearning curves, dotted on pairs never shown. Right: robustness against compute."""
+def chosen_stories(rows, task, cfg):
+    """({title: story}, topic) of base, the teacher, a student and filtered, or those of them that
+    told stories so far. All are of the first seed, so that a title's share belongs to the model
+    whose story is shown. topic is None if the task has no words to forget."""
+    near = min(cfg.alphas, key=lambda alpha: abs(alpha - 0.6), default=0)
+    titles = {"base": "base (before unlearning)", cfg.method: f"{cfg.method} (unlearned)",
+              f"undo-{near:g}": f"UNDO, alpha {near:g}", "filtered": "filtered (gold standard)"}
+    rows = {row["model"]: row for row in rows if row["seed"] == cfg.seed and row.get("stories")}
+    topic = mention(task.made_with["forget_words"]) if "mentions" in rows.get("base", ()) else None
+    stories = {}
+    for name, title in titles.items():
+        if name in rows:
+            if topic:
+                # one story of 200 is 0.5%, which must not be rounded to 0%
+                title += f"\n{100 * rows[name]['mentions']:.3g}% of stories mention a forget word"
+            stories[title] = max(rows[name]["stories"], key=lambda story: (
+                bool(topic and topic.search(story)), bool(story)))
+    return stories, topic
+
+
+def draw(axes, rows, task, cfg, stories=None, topic=None):
+    """Left: relearning curves, dotted on pairs never shown. Right: robustness against compute.
+    Above: what models tell."""
     names = list(dict.fromkeys(row["model"] for row in rows))
 
     def of(name, figure):
@@ -260,6 +283,10 @@ def draw(axes, rows, task, cfg):
     axes[1].set(xlabel="compute after pretraining (% of retraining without the data)",
                 ylabel="robustness, mean over the attack's steps (%)",
                 title="Robustness against compute")
+    if stories:
+        which = ": of three, the first with a forget word, if there is one" if topic else ""
+        axes[2].figure.suptitle(f"A story told by each model{which}")
+        draw_stories(axes[2:], stories, topic)
 
 
 def main(cfg):
@@ -272,7 +299,9 @@ def main(cfg):
             if rows or len(new) > 1:
                 first = not rows and len(new) == 2
                 write_rows("undo", cfg, task, rows + new, quiet=not first)
-                picture("undo", cfg, draw, rows + new, task, cfg, panels=2, quiet=not first)
+                stories, topic = chosen_stories(rows + new, task, cfg)
+                picture("undo", cfg, draw, rows + new, task, cfg, stories, topic, panels=2,
+                        above=len(stories), quiet=not first)
                 if first:
                     print_table(new, cfg)
         rows += new

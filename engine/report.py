@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import textwrap
+import unicodedata
 from pathlib import Path
 
 from engine.disk import write
@@ -133,10 +134,13 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
 
 
-def picture(name, cfg, draw, *given, panels=None, quiet=False):
+def picture(name, cfg, draw, *given, panels=None, above=0, quiet=False):
     """Saves OUT/TASK/NAME.png, which draw(ax, *given) draws; draw(axes, *given) on several panels.
     Where that cannot be (no matplotlib, a full disk, anything else), one line says so: the rows
     are there.
+
+    above   how many narrow panels stand in a row over the others (see draw_stories). They are the
+            last of the axes
     """
     if RANK:
         return
@@ -146,8 +150,14 @@ def picture(name, cfg, draw, *given, panels=None, quiet=False):
         from matplotlib.figure import Figure
         cycle = matplotlib.cycler(linestyle=["-", "-."]) * matplotlib.cycler(color=COLOURS)
         with matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycle}):
-            whole = Figure(figsize=(6.5 * (panels or 1), 4.8), layout="constrained")
-            axes = whole.subplots(1, panels or 1, squeeze=False)[0]
+            size, over = 4.8, 3.95 if above else 0                                      # inches
+            whole = Figure(figsize=(6.5 * (panels or 1), size + over), layout="constrained")
+            # parts are laid out by themselves: the legends below do not move the stories
+            parts = whole.subfigures(2, height_ratios=(over, size)) if above else [whole]
+            axes = [*parts[-1].subplots(1, panels or 1, squeeze=False)[0]]
+            if above:
+                axes += [*parts[0].subplots(1, above, squeeze=False,
+                                            gridspec_kw={"wspace": 0.03})[0]]
             draw(axes if panels else axes[0], *given)
             path, image = folder_of(cfg) / f"{name}.png", io.BytesIO()
             whole.savefig(image, dpi=130)
@@ -177,6 +187,47 @@ def draw_relearning(ax, task, curves, unseen={}):
     ax.set(xlabel="fine-tuning steps of the attacker",
            ylabel=f"forget {measure(task)}, worst rate")
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))        # beside the curves
+
+
+def draw_stories(axes, stories, topic=None):
+    """Writes a story in each of the axes, which stand in one row. It ends with "…" where the panel
+    ends, or if the model was stopped within a sentence.
+
+    stories   {title: text}; a title may have two lines
+    topic     a compiled regular expression. What it matches is bold and orange
+    """
+    from matplotlib.font_manager import findfont, get_font
+    known = get_font(findfont("monospace:bold")).get_charmap()
+    size, leading, margin = 11, 14, 7              # points: letters, from line to line, at the edge
+    part = axes[0].figure
+    width, height = (72 * pixels / part.dpi for pixels in (part.bbox.width, part.bbox.height))
+    # less 3% for gaps; a letter's width is 0.602 of its size. Titles take 60 points
+    columns = int((0.97 * width / len(axes) - 2 * margin) / (0.602 * size))
+    most = int((height - 60 - 2 * margin) / leading)
+    for ax, (title, story) in zip(axes, stories.items()):
+        ax.set_title(title, fontsize=size, loc="left")
+        ax.set(xticks=[], yticks=[], facecolor="#F3F3F3")
+        ax.spines[:].set_visible(False)
+        story = " ".join(story.split())
+        story += "…" * story[-1:].isalnum()
+        lines = textwrap.wrap(story, columns, max_lines=most, placeholder=" …",
+                              break_on_hyphens=False)
+        found = topic.finditer("\n".join(lines)) if topic else ()
+        marked = {i for match in found for i in range(*match.span())}
+        at = 0                                                         # where the line begins
+        for i, line in enumerate(lines):
+            # any other sign might be wider or narrower than a column
+            drawn = [c if ord(c) in known and unicodedata.category(c)[0] in "LNPSZ" else "\ufffd"
+                     for c in line]
+            # Two texts, each with blanks where the other one has letters. They fit into each other
+            # because in a monospaced face bold letters are as wide as others.
+            for bold in (False, True):
+                text = [c if (at + j in marked) == bold else " " for j, c in enumerate(drawn)]
+                ax.annotate("".join(text), (0, 1), (margin, -margin - leading * (i + 0.75)),
+                            "axes fraction", "offset points", family="monospace", fontsize=size,
+                            parse_math=False, in_layout=False,
+                            **dict(weight="bold", color=COLOURS[1]) if bold else {})
+            at += len(line) + 1
 
 
 def measure(task):
