@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,12 @@ from test_scripts import ROOT, SCRIPTS
 import recontext
 import route
 import train
+import undo
+from data.tinystories import FOREST, mention
 from engine.disk import OURS, remove_leftovers, write
 from engine.knobs import BadInput, FilePath, command_line
 from engine.process import Console, launched
-from engine.report import mean_sd, picture, table, write_rows
+from engine.report import draw_stories, mean_sd, picture, table, write_rows
 
 ALL = SCRIPTS | {"route": route, "recontext": recontext}
 
@@ -94,6 +97,156 @@ def test_pictures_that_cannot_be(fault, tmp_path, monkeypatch, capsys):
     assert len(lines) == 2 and lines[1].startswith("picture: none, ") and not err, out
     assert "pip install" not in out and (tmp_path / cfg.task / "story.json").exists()
     assert not (tmp_path / cfg.task / "story.png").is_file()
+
+
+def told_in(tmp_path, stories, capsys, topic=mention(FOREST)):
+    """The axes of a picture that shows stories over two other panels."""
+    pytest.importorskip("matplotlib")
+    kept = []
+
+    def draw(axes):
+        axes[2].figure.suptitle("What models tell")
+        draw_stories(axes[2:], stories, topic)
+        kept.extend(axes[2:])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                     # such as a sign that the face lacks
+        picture("undo", train.Config(out=str(tmp_path)), draw, panels=2, above=len(stories))
+    assert "picture: none" not in capsys.readouterr().out and len(kept) == len(stories)
+    kept[0].figure.figure.set_dpi(130)                     # extents are asked as they were saved
+    kept[0].figure.figure.draw_without_rendering()
+    return kept
+
+
+def lines_of(ax):
+    """[(a line's plain letters, its bold ones)], with blanks where the others are."""
+    lines = {}
+    for text in ax.texts:
+        lines.setdefault(text.xyann, {})[text.get_weight() == "bold"] = text.get_text()
+    return [(lines[at][False], lines[at][True]) for at in sorted(lines, key=lambda at: -at[1])]
+
+
+def read(ax):
+    """The lines as a reader sees them."""
+    for plain, bold in lines_of(ax):
+        assert len(plain) == len(bold) and all(" " in pair for pair in zip(plain, bold))
+    return ["".join(map(max, zip(*line))) for line in lines_of(ax)]
+
+
+WALK = ("The tree-house stood in a FOREST, by the street. Trees (one tree, two trees) fell;\n\n"
+        "the forestry of Treetop: 'Woodland!' It cost $\\frac$. ") * 2 + "Woods, a tree."
+
+
+def test_forget_words_are_marked(tmp_path, capsys):
+    """Against a brute force: what is no letter becomes a space, then whole words are compared."""
+    stories = {"a": WALK, "empty": "", "b": WALK.replace("tree", "cat")}
+    for ax in told_in(tmp_path, stories, capsys):
+        found, told = [], stories[ax.get_title(loc="left")]
+        for line, (_, bold) in zip(read(ax), lines_of(ax)):
+            expected = "".join(c if c.isalpha() else " " for c in line)
+            for word in expected.split():
+                if word.lower() not in FOREST:
+                    expected = f" {expected} ".replace(f" {word} ", f" {' ' * len(word)} ")[1:-1]
+            assert bold == expected
+            found += bold.split()
+        assert " ".join(read(ax)) == " ".join(told.split())
+        assert found == mention(FOREST).findall(told)
+    plain, bold = ({text.get_color() for text in ax.texts if (text.get_weight() == "bold") == yes}
+                   for yes in (False, True))
+    assert len(plain) == len(bold) == 1 and plain != bold
+
+
+def test_bold_letters_stand_in_the_gaps(tmp_path, capsys):
+    """A line is as wide in bold letters as in plain ones, whatever signs are in it."""
+    odd = "e\u0301 tree\u0301 \u65e5\u672c \U0001f600 \x07\xad \ufb01 Лес ёлка tree, “Tree”. "
+    [ax] = told_in(tmp_path, {"odd": odd}, capsys)
+    [line], (plain, bold) = read(ax), ax.texts
+    assert len(line) == len(odd.rstrip()) and line.count("\ufffd") == 7 and "Лес ёлка" in line
+    widths = []
+    for text in (plain, bold):
+        assert text.get_window_extent().x0 == plain.get_window_extent().x0
+        text.set_text("x" * len(line))
+        widths.append(text.get_window_extent().width)
+        text.set_text(line)
+        widths.append(text.get_window_extent().width)
+    assert max(widths) - min(widths) < 2                                                  # pixels
+
+
+@pytest.mark.parametrize("panels", [2, 3, 4])
+def test_long_stories_end_in_their_panel(panels, tmp_path, capsys):
+    long = f"{'Wim' * 30} met Mom in the tree-house. " + "Wim ate ice-cream there. " * 100
+    some = {f"{i}: UNDO\n23.5% of stories mention a forget word": long for i in range(panels)}
+    for ax in told_in(tmp_path, some, capsys):
+        frame, title = ax.get_window_extent(), ax._left_title.get_window_extent()
+        for text in ax.texts:
+            if text.get_text().strip():
+                box = text.get_window_extent()
+                assert frame.x0 < box.x0 and box.x1 < frame.x1
+                assert frame.y0 < box.y0 and box.y1 < frame.y1
+        assert frame.x0 <= title.x0 and title.x1 <= frame.x1
+        lines = read(ax)
+        assert lines[-1].endswith(" …") and long.replace(" ", "").startswith(
+            "".join(lines).replace(" ", "")[:-1])
+        assert not any(line.endswith("-") for line in lines)
+        assert box.y0 - frame.y0 < 2 * box.height                        # no room is left unused
+        assert frame.width > 0.96 * ax.figure.bbox.width / panels
+
+
+def test_a_story_that_stops_within_a_sentence(tmp_path, capsys):
+    ends = {"Tim ran.": "Tim ran.", 'He said, "No!"': 'He said, "No!"', "Tim ra": "Tim ra…",
+            "in a tree": "in a tree…"}
+    axes = told_in(tmp_path, dict(zip(ends, ends)), capsys)
+    assert [read(ax) for ax in axes] == [[end] for end in ends.values()]
+
+
+STORIES = {"base": ["A dog ran.", "A tree.", "Two trees."], "filtered": ["", "A cat.", "A sun."],
+           "graddiff": ["A hat.", "A dog.", "Forest!"], "undo-0.2": ["No.", "No.", "No."],
+           "undo-0.5": ["A big dog.", "A street.", "A car."]}
+
+
+@pytest.mark.parametrize("shown, marked, titles", [
+    ("stories and mentions", ["tree", "Forest", "", ""], [
+        "base (before unlearning)\n23.5% of stories mention a forget word",
+        "graddiff (unlearned)\n0.5% of stories mention a forget word",
+        "UNDO, alpha 0.5\n0% of stories mention a forget word",
+        "filtered (gold standard)\n100% of stories mention a forget word"]),
+    ("stories", [""] * 4, ["base (before unlearning)", "graddiff (unlearned)", "UNDO, alpha 0.5",
+                           "filtered (gold standard)"]),
+    ("nothing", [], [])])
+def test_what_the_picture_of_undo_shows(shown, marked, titles, tmp_path, capsys, monkeypatch):
+    """Stories are those of the first seed: with forget words, without them, or none at all."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    share = {"base": 0.235, "graddiff": 0.005, "undo-0.5": 0.0, "filtered": 1.0}
+    cfg = undo.Config(out=str(tmp_path), method="graddiff", alphas=[0.2, 0.5], attack_steps=[1])
+    rows = [{"model": name, "seed": seed, "forget": 3.0, "relearned": {"1": 2.0}, "compute_pct": 9,
+             "robustness_mean": 0.5, "mentions": share.get(name, 0.7) if seed == 0 else 0.9,
+             "stories": told if seed == 0 else ["A tree at night."] * 3}
+            for seed in (0, 1) for name, told in STORIES.items()]
+    for row in rows:
+        for key in {"stories", "mentions"} - set(shown.split()):
+            del row[key]
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **named: (
+        figures.append(self), save(self, *given, **named)))
+    monkeypatch.setattr(undo, "open_task", lambda cfg: SimpleNamespace(
+        name="any", higher_is_better=False, made_with={"forget_words": FOREST}))
+    monkeypatch.setattr(undo, "resolved", lambda cfg: cfg)
+    monkeypatch.setattr(undo, "seeds", lambda cfg: [cfg])
+    monkeypatch.setattr(undo, "story", lambda cfg, task: [rows])
+    for quiet in ("write_rows", "print_table", "say_edges", "print_stories"):
+        monkeypatch.setattr(undo, quiet, lambda *_, **__: None)
+    undo.main(cfg)
+    assert "picture: none" not in capsys.readouterr().out
+    [figure] = figures
+    below, above = figure.axes[:2], figure.axes[2:]
+    assert [ax.get_title() for ax in below] == ["Relearning curves under attack",
+                                                "Robustness against compute"]
+    assert figure.get_figheight() == (4.8 if shown == "nothing" else 4.8 + 3.95)
+    assert [ax.get_title(loc="left") for ax in above] == titles
+    assert [" ".join(bold.strip() for _, bold in lines_of(ax)) for ax in above] == marked
+    expected = {"stories and mentions": ["A tree.", "Forest!", "A big dog.", "A cat."],
+                "stories": ["A dog ran.", "A hat.", "A big dog.", "A cat."], "nothing": []}[shown]
+    assert [" ".join(read(ax)) for ax in above] == expected
 
 
 # --- environments --------------------------------------------------------------------------------
