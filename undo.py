@@ -11,6 +11,7 @@ shows, so an attacker has little left to revive.
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -231,8 +232,9 @@ def columns(rows):
 
 def chosen_stories(rows, task, cfg):
     """({title: story}, topic) of base, the teacher, a student and filtered, or those of them that
-    told stories so far. All are of the first seed, so that a title's share belongs to the model
-    whose story is shown. topic is None if the task has no words to forget."""
+    told stories so far: of each model's, the one that mentions a forget word first. All are of the
+    first seed, so that a title's share belongs to the model whose story is shown. topic is None if
+    the task has no words to forget."""
     near = min(cfg.alphas, key=lambda alpha: abs(alpha - 0.6), default=0)
     titles = {"base": "base (before unlearning)", cfg.method: f"{cfg.method} (unlearned)",
               f"undo-{near:g}": f"UNDO, alpha {near:g}", "filtered": "filtered (gold standard)"}
@@ -244,8 +246,9 @@ def chosen_stories(rows, task, cfg):
             if topic:
                 # one story of 200 is 0.5%, which must not be rounded to 0%
                 title += f"\n{100 * rows[name]['mentions']:.3g}% of stories mention a forget word"
-            stories[title] = max(rows[name]["stories"], key=lambda story: (
-                bool(topic and topic.search(story)), bool(story)))
+            stories[title] = min(rows[name]["stories"], key=lambda story: (
+                not story, mentioned.start() if topic and (mentioned := topic.search(story)) else
+                math.inf))
     return stories, topic
 
 
@@ -284,7 +287,7 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
                 ylabel="robustness, mean over the attack's steps (%)",
                 title="Robustness against compute")
     if stories:
-        which = ": of three, the first with a forget word, if there is one" if topic else ""
+        which = ": of ten, the one that mentions a forget word first, if any does" if topic else ""
         axes[2].figure.suptitle(f"A story told by each model{which}")
         draw_stories(axes[2:], stories, topic)
 

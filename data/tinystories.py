@@ -24,11 +24,11 @@ from data.tokenizer import END
 from engine.knobs import BadInput, FilePath, knob
 from engine.streams import seed_of, stream
 
-SETTINGS = {name: dict(block_size=256, least_block_size=8, vocab_size=2048)   # a story is 220 tokens
+SETTINGS = {name: dict(block_size=256, least_block_size=8, vocab_size=2048)     # a whole story
             for name in ("tinystories", "bilingual")}
 FOREST = ("tree", "trees", "forest", "forests", "woodland", "woodlands")
 TOLD = 200                   # stories that a model tells, to see how many mention a forget word
-SHOWN = 3                    # and how many it tells to be read
+SHOWN = 10                   # and how many it tells to be read
 
 
 @dataclass
