@@ -67,7 +67,10 @@ class Config(Attack):
 STORIES = dict(steps=1200, batch_size=8, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3])
 SETTINGS = {"tinystories": STORIES, "bilingual": STORIES,       # what auto knobs stand for, by task
             "language": STORIES | dict(steps=400, batch_size=32,
-                                       attack_steps=[10, 20, 40, 80, 120])}
+                                       attack_steps=[10, 20, 40, 80, 120]),
+            # As many steps and rows as in the code of Cloud et al. 2024, whose era has
+            # --off_target=-0.75 and expands only the first five of eight blocks
+            ("tinystories", "paper"): dict(steps=5000, batch_size=80, lr=3e-3)}
 
 
 # --- masks: the whole idea ------------------------------------------------------------------------

@@ -4,7 +4,8 @@ A task is a file in this folder. Its text is on disk, or each batch is generated
 Every task's file has
   SETTINGS              settings of its text: {name: dict(block_size=.., least_block_size=..,
                         vocab_size=.., aligned=whether rows begin where a text does)}. A
-                        technique's settings for a task are in the technique's file
+                        technique's settings for a task are in the technique's file. If the task
+                        has a knob `size`, a size may have settings of its own: see at_size
   Knobs                 optional: a dataclass of the knobs that shape its text
   VARIANT               optional: the name of a knob whose values have separate folders of models
   score(model, task, domains, part, finer)   what a model knows: see Task.score
@@ -17,8 +18,8 @@ A task with text on disk also has
 A task that generates its batches also has
   encoding(block_size)  its tokenizer
   batch(task, split, size, step, seed, part)   see Task.batch
-Files in data/<task>/: tokenizer.json, a .bin of uint16 tokens for each split, and meta.json with
-checksums. The .bin files are memory-mapped, so they may be larger than memory.
+Files in data/<task>/ or data/<task>-<size>/: tokenizer.json, a .bin of uint16 tokens for each
+split (memory-mapped, so that it may be larger than memory), and meta.json with checksums.
 
 A batch is cut from one of three parts of the data:
   train   what models learn from
@@ -61,6 +62,12 @@ def module(name):
     return importlib.import_module(f"data.{TASKS[name]}")
 
 
+def at_size(settings, name, size=None):
+    """What a table of settings, {task or (task, size): {knob: value}}, has for a task: its entry,
+    and over this the entry for the size, if there is one."""
+    return settings.get(name, {}) | settings.get((name, size), {})
+
+
 @dataclass
 class NoKnobs:
     """Knobs of this task."""
@@ -95,7 +102,8 @@ class Task:
     def __init__(self, name, folder, meta, block_size=None, device="cpu"):
         self.name, self.module, self.device = name, module(name), torch.device(device)
         self.folder, self.meta = folder, meta
-        self.settings, self.splits = self.module.SETTINGS[name], splits_of(self.module)
+        self.settings = at_size(self.module.SETTINGS, name, meta["made_with"].get("size"))
+        self.splits = splits_of(self.module)
         self.higher_is_better = self.module.higher_is_better
         self.block_size = block_size or self.settings["block_size"]
         self.made_with, self.facts = meta["made_with"], meta["facts"]
@@ -317,7 +325,7 @@ def check_length(name, split, tokens, block_size):
 def load(name, folder=None, block_size=None, device="cpu", **knobs):
     """The Task called `name`. Makes its data first if it is missing or was made with other knobs.
 
-    folder   the folder that has <name>/ in it (default: the folder of this file)
+    folder   the folder that has <name>/ or <name>-<size>/ in it (default: the folder of this file)
     knobs    the task's knobs (see Knobs in its file); None means the knob's default
     Raises BadInput for an unknown task or knob and for damaged files.
     """
@@ -331,12 +339,14 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     asked |= {k: default if knobs.get(k) is None else knobs[k] for k, default in defaults.items()}
     if hasattr(mod, "check"):
         mod.check(name, asked)
-    least = mod.SETTINGS[name]["least_block_size"]
+    size = asked.get("size")
+    least = at_size(mod.SETTINGS, name, size)["least_block_size"]
     if block_size and block_size < least:
         raise BadInput(f"--block_size={block_size}: {name} needs rows of at least {least} tokens")
     if not hasattr(mod, "documents"):
         return Task(name, None, {"made_with": asked, "facts": {}, "files": {}}, block_size, device)
-    folder = Path(folder or FOLDER) / name
+    # a size with settings of its own has a folder of its own: large data takes long to make
+    folder = Path(folder or FOLDER) / (f"{name}-{size}" if (name, size) in mod.SETTINGS else name)
     for knob in SOURCES:
         if asked.get(knob) == "":
             raise BadInput(f"--{knob} is empty: give a path or a URL")
@@ -418,6 +428,7 @@ def write_meta(folder, meta):
 def prepare(name, folder, knobs, sources, block_size=None):
     """Makes a task's files in `folder`: text, tokenizer, tokens. meta.json is written last."""
     mod = module(name)
+    settings = at_size(mod.SETTINGS, name, knobs.get("size"))
     print(f"data: making {name} in {folder}")
     texts, facts = mod.documents(name, folder, **{k: knobs[k] for k in asdict(knobs_of(name)())})
     splits = splits_of(mod)
@@ -427,14 +438,14 @@ def prepare(name, folder, knobs, sources, block_size=None):
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     train = texts["retain_train"] + texts["forget_train"]
-    enc = tokenizer.train(train, mod.SETTINGS[name]["vocab_size"], name,
+    enc = tokenizer.train(train, settings["vocab_size"], name,
                           lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))
     (folder / "meta.json").unlink(missing_ok=True)            # without it, data counts as missing
     tokenizer.save(enc, folder / "tokenizer.json")
     for split in tqdm(splits, desc="tokens", unit="split"):
         write(folder / f"{split}.bin", pack(enc, texts[split]))
         check_length(name, split, (folder / f"{split}.bin").stat().st_size // 2,
-               block_size or mod.SETTINGS[name]["block_size"])
+                     block_size or settings["block_size"])
     files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
              for f in ("tokenizer.json", *(f"{s}.bin" for s in splits))}
     meta = {"task": name, "made_with": knobs, "sources": sources, "facts": facts, "files": files}

@@ -5,7 +5,8 @@
     bilingual     retain: English stories (--source); forget: another language's (--source2)
 
 A source is the path or URL of a UTF-8 file of stories, with a line <|endoftext|> between them.
-Without --source, the English stories are TinyStories (Eldan and Li 2023), which are downloaded.
+Without --source, the English stories are TinyStories (Eldan and Li 2023), which are downloaded:
+the validation file, or with --size=paper the training file, which is a hundred times as large.
 """
 import codecs
 import math
@@ -26,18 +27,24 @@ from engine.streams import seed_of, stream
 
 SETTINGS = {name: dict(block_size=256, least_block_size=8, vocab_size=2048)     # a whole story
             for name in ("tinystories", "bilingual")}
+SETTINGS["tinystories", "paper"] = dict(block_size=256, vocab_size=4096)        # a story a row
+SIZES = ("small", "paper")   # paper: of Cloud et al. 2024, see docs/tasks.md
 FOREST = ("tree", "trees", "forest", "forests", "woodland", "woodlands")
 TOLD = 200                   # stories that a model tells, to see how many mention a forget word
 SHOWN = 10                   # and how many it tells to be read
+MOST = 100_000               # stories; --size=paper takes all that its source has
 
 
 @dataclass
 class Knobs:
     """Knobs of real stories."""
+    size: str = knob("small", "tinystories: paper is gradient routing's published model and "
+                     "TinyStories' training file, for a GPU", choices=SIZES)
     source: FilePath | None = knob(None, "a file of stories, or its URL (auto: download "
                                    "TinyStories)")
     source2: FilePath | None = knob(None, "bilingual: the same for the language to forget")
-    stories: int = knob(100_000, "most stories to take from a source", 20)
+    stories: int | None = knob(None, f"most stories to take from a source (auto: {MOST:,}; with "
+                               "--size=paper all)", 20)
     forget_words: list[str] = knob(list(FOREST), "tinystories: stories with one of these words are "
                                    "to be forgotten")
 
@@ -47,21 +54,26 @@ higher_is_better = False     # the score is a loss: nats per token
 FEWEST = 20                  # stories; fewer are too few to learn from
 LONGEST = 1 << 20            # characters of a story; a longer text is a file without ENDs
 
-# TinyStories' validation file (22.5 MB, 27,630 stories) is enough for a small model. We hold out
-# stories from it ourselves. The training file (2.2 GB, 2.7 million stories) has the same address
-# with another name and checksum:
-#   TinyStoriesV2-GPT4-train.txt
-#   #sha256=6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443
+# TinyStories' validation file (22.5 MB, 27,630 stories) is enough for a small model. The training
+# file (2.2 GB, 2.7 million stories) is for --size=paper. We hold out stories from either ourselves.
 # Both checksums are recorded in several public repositories that downloaded this commit. There, the
 # checksum of the validation file is given as the hub's Git LFS id.
-HOME = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
-        "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-valid.txt"
+HUB = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+       "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-")
+HOME = (f"{HUB}valid.txt"
         "#sha256=6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")
+LARGE_HOME = (f"{HUB}train.txt"
+              "#sha256=6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443")
 
 
 # --- the task ------------------------------------------------------------------------------------
 def check(name, knobs):
-    if knobs["stories"] < FEWEST:
+    if knobs["size"] not in SIZES:
+        raise BadInput(f"--size={knobs['size']}: choose from {', '.join(SIZES)}")
+    if name == "bilingual" and knobs["size"] != "small":
+        raise BadInput(f"--size={knobs['size']} means nothing to the task bilingual: tinystories "
+                       f"takes it")
+    if knobs["stories"] is not None and knobs["stories"] < FEWEST:
         raise BadInput(f"--stories={knobs['stories']} is too few to learn from: give {FEWEST} or "
                        f"more")
     if name == "tinystories" and knobs["source2"] is not None:
@@ -79,13 +91,16 @@ def mention(words):
     return re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
 
 
-def documents(name, folder, source, source2, stories, forget_words):
+def documents(name, folder, source, source2, stories, forget_words, size="small"):
     """(texts, facts): see data/__init__.py. A text is a whole story, and none is in two splits.
     Facts: the numbers of stories and of bytes in each split."""
     if name == "bilingual" and source2 is None:
         raise BadInput("bilingual needs --source2=PATH_OR_URL: stories in the language to forget "
                        f"(UTF-8, with a line {END} between them)")
-    english = take(source or HOME, folder, "source", stories)
+    source = source or (LARGE_HOME if size == "paper" else HOME)
+    if stories is None and size == "small":
+        stories = MOST
+    english = take(source, folder, "source", stories)
     if name == "bilingual":
         known = set(english)
         domains = {"retain": english, "forget": [story for story in
@@ -94,12 +109,12 @@ def documents(name, folder, source, source2, stories, forget_words):
             raise BadInput(f"{source2} holds {len(domains['forget'])} stories that are not in the "
                            f"other source: give 2 or more")
     else:
-        topic = mention(forget_words)
-        domains = {"retain": [story for story in english if not topic.search(story)],
-                   "forget": [story for story in english if topic.search(story)]}
+        topic, domains = mention(forget_words), {"retain": [], "forget": []}
+        for story in english:
+            domains["forget" if topic.search(story) else "retain"].append(story)
         if min(map(len, domains.values())) < FEWEST:
             raise BadInput(f"{len(domains['forget']):,} of the {len(english):,} stories in "
-                           f"{source or HOME} have one of --forget_words={','.join(forget_words)}, "
+                           f"{source} have one of --forget_words={','.join(forget_words)}, "
                            f"the others have none: {FEWEST} or more must be of either kind")
     texts = {}
     for domain, some in domains.items():
@@ -215,8 +230,8 @@ def take(source, folder, knob, most):
 
 
 def read(path, most):
-    """The first `most` different stories of a file, in its order. Raises BadInput if it has too
-    few."""
+    """The first `most` (None: all) different stories of a file, in its order. Raises BadInput if it
+    has too few."""
     found, seen = {}, 0                                    # a dict: a set that keeps the order
     try:
         for text in between_ends(path):

@@ -396,6 +396,9 @@ def refuses(home, script, arguments, *culprits):
     ("train", ["--steps=many"], ["--steps=many"]),
     ("train", ["--n_head=3", "--out=new"], ["n_embd=32", "n_head=3"]),
     ("train", ["--stories=500"], ["--stories", "arithmetic"]),
+    ("undo", ["--size=paper"], ["--size", "arithmetic", "tinystories"]),
+    ("train", ["--task=tinystories", "--size=large"], ["--size=large", "small, paper"]),
+    ("eval", ["--task=bilingual", "--size=paper", "--source2=x"], ["--size=paper", "bilingual"]),
     ("train", ["--block_size=100000"], ["100000"]),
     ("train", ["--steps=5"], ["base.pt", "steps=4", "steps=5", "--remake=true"]),
     ("train", ["--device=x" if torch.cuda.is_available() else "--device=cuda"], ["--device="])])

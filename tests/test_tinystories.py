@@ -15,10 +15,16 @@ import pytest
 import torch
 
 import data
+import eval as judges
+import route
+import train
+import undo
+import unlearn
 from data import BadInput, tinystories
 from data.download import download
 from data.tinystories import FOREST
 from data.tokenizer import END
+from engine.knobs import command_line
 from engine.streams import seed_of
 from model import GPT, GPTConfig
 
@@ -239,6 +245,37 @@ def test_topics(tmp_path):
     assert not list((tmp_path / "data").glob("*"))
 
 
+# --- the published size --------------------------------------------------------------------------
+def test_at_size():
+    table = {"a": {"x": 1, "y": 2}, ("a", "big"): {"y": 3, "z": 4}}
+    assert data.at_size(table, "a") == data.at_size(table, "a", "small") == {"x": 1, "y": 2}
+    assert data.at_size(table, "a", "big") == {"x": 1, "y": 3, "z": 4}
+    assert data.at_size(table, "b", "big") == {}
+
+
+@pytest.mark.parametrize("script", [train, unlearn, undo, route, judges])
+def test_every_script_knows_the_published_size(script):
+    for knobs, expected in (([], (3, 4, 128)), (["--size=paper"], (8, 8, 512)),
+                            (["--size=paper", "--n_layer=2"], (2, 8, 512))):
+        cfg = command_line(script.Config, "", ["--task=tinystories", *knobs])
+        cfg = train.fill(cfg, train.SETTINGS)
+        assert (cfg.n_layer, cfg.n_head, cfg.n_embd) == expected
+    base = train.config_from(cfg, train.Config)                  # of every script
+    assert base.size == "paper" and train.fill(base, train.SETTINGS).steps == 32_000
+
+
+def test_published_parameters():
+    """27M: 8 blocks of 12 x 512^2, and 512 for each of 4,096 tokens."""
+    cfg = command_line(train.Config, "", ["--task=tinystories", "--size=paper"])
+    cfg = train.fill(cfg, train.SETTINGS)
+    text = data.at_size(tinystories.SETTINGS, cfg.task, cfg.size)
+    with torch.device("meta"):                                   # no memory, no random numbers
+        model = GPT(GPTConfig(text["vocab_size"], text["block_size"], cfg.n_layer, cfg.n_head,
+                              cfg.n_embd))
+    assert sum(p.numel() for p in model.parameters()) == 8 * 12 * 512**2 + 4096 * 512
+    assert text["least_block_size"] == 8 and cfg.muon_lr == 0.02               # as in small
+
+
 # --- sources -------------------------------------------------------------------------------------
 def one_line(error, *parts):
     message = str(error.value)
@@ -296,6 +333,8 @@ def test_byte_order_marks(tmp_path):
     ("bilingual", {}, "--source2"),
     ("tinystories", {"source2": "x.txt"}, "--source2"),
     ("tinystories", {"stories": 3}, "--stories=3"),
+    ("tinystories", {"size": "large"}, "--size=large"),
+    ("bilingual", {"size": "paper", "source2": "x.txt"}, "--size=paper"),
     ("tinystories", {"forget_words": ["a b", "c"]}, "--forget_words=a b,c"),
     ("tinystories", {"forget_words": [""]}, "--forget_words="),
     ("bilingual", {"source2": "x.txt", "forget_words": ["cat"]}, "--forget_words"),
@@ -563,6 +602,28 @@ def test_a_folder_that_cannot_be_written(server, tmp_path):
     with pytest.raises(BadInput) as error:
         download(server.url, tmp_path / "file")
     one_line(error, "cannot write")
+
+
+def test_published_stories(server, tmp_path, monkeypatch):
+    """All stories of the larger file, in a folder of their own: the small data stays."""
+    monkeypatch.setattr(tinystories, "MOST", 200)
+    monkeypatch.setattr(tinystories, "HOME", server.pinned)
+    monkeypatch.setattr(tinystories, "LARGE_HOME", server.pinned.replace("stories.", "large."))
+    monkeypatch.setitem(tinystories.SETTINGS, ("tinystories", "paper"),
+                        dict(block_size=32, vocab_size=270))
+    load = functools.partial(data.load, "tinystories", folder=tmp_path)
+    small = load()
+    assert files(tmp_path / "downloads") == ["stories.txt", "stories.txt.sha256"]
+    large = load(size="paper")
+    assert "large.txt" in files(tmp_path / "downloads")
+    assert [sum(task.facts["stories"].values()) for task in (small, large)] == [200, 500]
+    assert (large.block_size, large.vocab_size) == (32, 270)
+    assert small.block_size == 128 and small.vocab_size > 270
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "prepare", None)                     # both are still there
+        assert [load(size=size).data_id for size in ("small", "paper")] == [
+            small.data_id, large.data_id]
+    assert sum(load(size="paper", stories=90).facts["stories"].values()) == 90
 
 
 def test_load_from_an_address(server, tmp_path):
