@@ -27,7 +27,7 @@ from engine.streams import seed_of, stream
 
 SETTINGS = {name: dict(block_size=256, least_block_size=8, vocab_size=2048)     # a whole story
             for name in ("tinystories", "bilingual")}
-SETTINGS["tinystories", "paper"] = dict(block_size=256, vocab_size=4096)        # a story a row
+SETTINGS["tinystories", "paper"] = dict(vocab_size=4096)
 SIZES = ("small", "paper")   # paper: of Cloud et al. 2024, see docs/tasks.md
 FOREST = ("tree", "trees", "forest", "forests", "woodland", "woodlands")
 TOLD = 200                   # stories that a model tells, to see how many mention a forget word
