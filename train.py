@@ -100,7 +100,7 @@ def config_from(cfg, config, shared=Common, **knobs):
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=128, lr=6e-3, muon_lr=0.02)
 STORIES = dict(n_layer=4, n_head=4, n_embd=192, lr=6e-3, muon_lr=0.02, batch_size=8, steps=2400,
-               filtered_steps=2000)
+               filtered_steps=2400)
 SETTINGS = {             # by task (and size): what auto knobs of the model and of pretraining mean
     "arithmetic": SMALL | dict(batch_size=32, steps=1500, filtered_steps=1000),
     "language": SMALL | dict(batch_size=32, steps=1500, filtered_steps=800),
