@@ -204,8 +204,7 @@ def story(cfg, task):
 def compared(rows, records, cfg, task):
     """rows beside their references: compute as a share of filtered's, robustness between the
     unlearned model's and filtered's. None while one of these is missing. records: fit's, by name"""
-    relearned = {row["model"]: row["relearned"] for row in rows}
-    gold, unlearned = records.get("filtered"), relearned.get(cfg.method)
+    gold, by_name = records.get("filtered"), {row["model"]: row for row in rows}
     full = []
     for row in rows:
         compute = dict.fromkeys(("compute_pct", "compute_pct_matched"))
@@ -213,10 +212,14 @@ def compared(rows, records, cfg, task):
             retain = records[row["model"]]["history"][-1]["retain"]    # scored as filtered was
             compute = {"compute_pct": 100 * row["flops"] / gold["flops"], "compute_pct_matched":
                        100 * row["flops"] / spent_until(retain, gold, task)}
-        robust = {step: robustness(score, unlearned[step], relearned["filtered"][step])
-                  if gold and unlearned else None for step, score in row["relearned"].items()}
-        average = None if None in robust.values() else statistics.mean(robust.values())
-        full.append(row | compute | {"robustness": robust, "robustness_mean": average})
+        low, high = (by_name.get(name, {}) for name in (cfg.method, "filtered"))
+        robust = {what.replace("relearned", "robustness"): {
+            step: robustness(score, low[what][step], high[what][step]) if low and high else None
+            for step, score in row[what].items()}
+            for what in ("relearned", "relearned_words") if what in row}
+        each = robust["robustness"].values()
+        full.append(row | compute | robust | {
+            "robustness_mean": None if None in each else statistics.mean(each)})
     return full
 
 
@@ -319,6 +322,7 @@ def print_table(rows, cfg):
     last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
     further = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}",
                "forget_words": "words", f"relearned_words {step}": f"after {step}",
+               f"robustness_words {step}": f"robust@{step}",
                "mentions": "mentions", f"relearned_mentions {step}": f"after {step}",
                "relearned_few": "few"}
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}

@@ -207,7 +207,8 @@ def test_mentions(tmp_path, monkeypatch):
     model = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
     monkeypatch.setattr(model, "generate", generate)
     score = task.score(model, ("forget",), finer=True)
-    assert score["mentions"] == pytest.approx(2 / 5) and score["stories"] == 2 * [text.partition(END)[0] for text in texts]
+    assert score["mentions"] == pytest.approx(2 / 5)
+    assert score["stories"] == 2 * [text.partition(END)[0] for text in texts]
     monkeypatch.undo()
     assert task.score(model) == task.score(model)              # always by the same random numbers
 
