@@ -26,6 +26,7 @@ import undo
 import unlearn
 from data import BadInput
 from data import digits as handwritten
+from data.tokenizer import END
 from engine.streams import seed_of
 from experiments import digits, gridworld, steer
 from model import GPT, GPTConfig, read_model
@@ -344,6 +345,33 @@ def test_calibration_of_a_model_that_knows_nothing(stories):
         assert got[domain] == pytest.approx(expected, abs=0.05)
         assert got[f"{domain}_raw"] == pytest.approx(uniform, abs=1e-4)
     assert got["retain"] < got["forget"]
+
+
+def test_calibrated_forget_words(tmp_path):
+    """Of a model that knows nothing: after calibration it expects a word's tokens as often as they
+    come, and no longer one in V. Counted word by word, with its tokens found by their bytes."""
+    told = [f"Ann saw {'a tree' if i % 3 == 0 else 'one dog'} by the {w} and ran home." for i in
+            range(240) for w in (f"house {i}",)]
+    (tmp_path / "s.txt").write_text("".join(f"{story}\n{END}\n" for story in told))
+    task = data.load("tinystories", tmp_path, 32, source=str(tmp_path / "s.txt"))
+    model = GPT(GPTConfig(task.vocab_size, 32, 1, 2, 16))
+    model.wte.weight.data.zero_()
+    got = calibrated_losses(model, task, CFG)
+    p = sum(torch.bincount(task.undivided(d, 64, 0, seed_of("calibrate"), "train")[1].flatten(),
+                           minlength=task.vocab_size) / (64 * 32) for d in ("retain", "forget")) / 2
+    losses = []
+    for i in range(4):
+        idx, targets = task.batch("forget", 32, i, seed_of("held out"), "test")
+        for row in torch.cat((idx[:, :1], targets), 1).tolist():
+            for at, token in enumerate(row[1:], 1):          # " tree" is one token, or begins one
+                before, piece = (task.tokenizer.decode(row[:n]) for n in (at, at + 1))
+                if "tree" in task.tokenizer.decode(row) and (
+                        len(piece) > len(before) and "tree" in (piece + "e")[len(before):]):
+                    losses.append(-p[token].log().item())
+    assert task.tokenizer.encode_ordinary(" tree") == [task.tokenizer.encode_single_token(" tree")]
+    assert len(losses) > 100
+    assert got["forget_words"] == pytest.approx(sum(losses) / len(losses), abs=0.05)
+    assert got["forget_words"] < math.log(task.vocab_size) - 0.5
 
 
 def test_calibration_leaves_a_calibrated_model_alone(stories, float32):
