@@ -160,7 +160,8 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
 
     returns  {"curves": {lr: {step: scores}}, means over the attack's seeds at cfg.attack_steps;
               "worst": {step: scores and "lr"}, those of the rate that restores most of the forget
-              skill *at that step*: the attacker may stop at any step. Scores are Task.score's;
+              skill *at that step*, of forget words if they are scored: the attacker may
+              stop at any step. Scores are Task.score's;
               "few": see relearn_few; None without cfg.attack_few}
     """
     split = {"forget": "forget", "mixed": "all", "retain": "retain"}[cfg.attack]
@@ -174,11 +175,12 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
         curves[lr] = {same[0]["step"]: {
             k: sum(h[k] for h in same) / len(same) for k in same[0]
             if k.startswith(("retain", "forget", "mentions"))} for same in zip(*runs)}
-    worst = {}
+    scores = curves[cfg.lrs[0]][cfg.attack_steps[0]]       # most words of a forest story are ordinary
+    worst, aim = {}, "forget_words" if "forget_words" in scores else "forget"
     for step in cfg.attack_steps:
         lr = cfg.lrs[0]
         for other in cfg.lrs[1:]:
-            if task.knows_more(curves[other][step]["forget"], curves[lr][step]["forget"]):
+            if task.knows_more(curves[other][step][aim], curves[lr][step][aim]):
                 lr = other
         worst[step] = curves[lr][step] | {"lr": lr}
     few = relearn_few(model, task, cfg, name) if cfg.attack_few else None

@@ -249,8 +249,9 @@ def test_undo_on_stories(undone):
     saved = undone.rows("undo", "tinystories")
     assert set(saved) == {"config", "rows"} and finite(saved)
     check_undo(saved["rows"], out, {"retain_bits_per_byte", "forget_bits_per_byte", "stories",
-                                    "forget_words", "relearned_words", "mentions",
-                                    "relearned_mentions"}, method="graddiff")
+                                    "forget_words", "relearned_words", "robustness_words",
+                                    "mentions", "relearned_mentions", "relearned_few"},
+               method="graddiff")
     assert all(f"{row['model']} tells: {row['stories'][0].split()[0]}" in out
                for row in saved["rows"] if row["stories"][0].split())
     assert all(row["relearned"]["4"] < row["forget"] for row in saved["rows"])

@@ -348,7 +348,7 @@ def pupil(scores, higher=True):
 
 
 DISTIL = undo.Config(device="cpu", compile=False, steps=40, batch_size=4, lr=1e-3, muon_lr=0.02,
-                     tolerance=0.1, check_every=3)
+                     tolerance=0.1, check_every=3, beta=0.1, distil_on="all")
 
 
 @pytest.mark.parametrize("higher,scores,steps", [
@@ -395,6 +395,16 @@ def test_distillation_distils():
     alone = fit(lively(1), lambda m, step: m(*rows(step, 8)), cfg, 60, 1e-3, 0.02)
     forward = 2 * 8 * T * (2 * 12 * 16 * 16 + 64 * 16) + 2 * 2 * 2 * 8 * T * T * 16
     assert record["flops"] == alone["flops"] + 60 * forward
+
+
+@pytest.mark.parametrize("split", ["all", "retain"])
+def test_rows_of_a_student(split):
+    """Its rows are the unlabelled mix or those labelled retain, as it is told."""
+    asked, task = [], pupil([1.0, 0.0, 0.0])
+    task.batch = lambda split, size, step, seed: (asked.append(split), rows(step, size))[1]
+    undo.distil(lively(1), lively(0), task, dataclasses.replace(
+        DISTIL, steps=2, distil_on=split), "student")
+    assert asked == [split] * 2
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.5])
@@ -489,6 +499,15 @@ def test_relearn_takes_the_worst_rate_at_each_step(higher, lrs, monkeypatch):
         assert set(got["curves"][lr]) == {1, 2, 4}
         for s in (1, 2, 4):
             assert got["curves"][lr][s] == pytest.approx(scores[lr][s])
+
+
+def test_relearn_aims_at_forget_words(monkeypatch):
+    """Where they are scored, the worst rate is the one at which their loss is least."""
+    curves = {0.1: (2.0, 5.0), 0.2: (2.5, 3.0), 0.3: (2.4, 4.0)}
+    monkeypatch.setattr(judges, "fit", lambda copy, loss_fn, cfg, steps, lr, **knobs: {"history": [
+        {"step": s, "forget": curves[lr][0], "forget_words": curves[lr][1]} for s in (1, 2, 4)]})
+    got = relearn(lively(), Judged(higher_is_better=False, block_size=T), attack())
+    assert got["worst"][4] == {"forget": 2.5, "forget_words": 3.0, "lr": 0.2}
 
 
 @pytest.mark.parametrize("kind,split", [("forget", "forget"), ("mixed", "all"),
