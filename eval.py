@@ -175,7 +175,7 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
         curves[lr] = {same[0]["step"]: {
             k: sum(h[k] for h in same) / len(same) for k in same[0]
             if k.startswith(("retain", "forget", "mentions"))} for same in zip(*runs)}
-    scores = curves[cfg.lrs[0]][cfg.attack_steps[0]]       # most words of a forest story are ordinary
+    scores = curves[cfg.lrs[0]][cfg.attack_steps[0]]
     worst, aim = {}, "forget_words" if "forget_words" in scores else "forget"
     for step in cfg.attack_steps:
         lr = cfg.lrs[0]
