@@ -140,7 +140,7 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
                                   model tells from nothing at temperature 1, as long as a row
     retain_bits_per_byte, ..      with finer: bits per byte compare two languages better, because
                                   their tokens differ in length. END is a token without bytes
-    stories                       with finer: SHOWN more stories at temperature 0.6, which reads
+    stories                       with finer: SHOWN more stories at temperature 0.7, which reads
                                   better; for bilingual, one in each language that goes on where a
                                   held-out story begins
     """
@@ -155,7 +155,7 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
         for domain in domains:
             tokens, size = len(task.tokens(f"{domain}_val")), task.facts["bytes"][f"{domain}_val"]
             figures[f"{domain}_bits_per_byte"] = figures[domain] / math.log(2) * tokens / size
-        figures["stories"] = (told(model, task, SHOWN, 0.6) if task.name == "tinystories" else
+        figures["stories"] = (told(model, task, SHOWN, 0.7) if task.name == "tinystories" else
                               [told_on(domain, model, task) for domain in domains])
     return figures
 
@@ -171,12 +171,12 @@ def told(model, task, samples=TOLD, temperature=1.0):
 
 def told_on(domain, model, task, begun=8):
     """A story whose first tokens are those of a held-out story of the domain; the model tells the
-    rest at temperature 0.6, up to a row's length. Between the two stands a bar."""
+    rest at temperature 0.7, up to a row's length. Between the two stands a bar."""
     tokens = task.tokens(f"{domain}_val")
     ends = np.flatnonzero(tokens == task.end)
     first = ends[len(ends) // 2]                                    # the second half is for tests
     prompt = tokens[first:first + 1 + begun].tolist()
-    new = model.generate([prompt], task.block_size - len(prompt), 0.6, task.end)[0].tolist()
+    new = model.generate([prompt], task.block_size - len(prompt), 0.7, task.end)[0].tolist()
     told = new[:new.index(task.end)] if task.end in new else new
     return " | ".join(map(task.tokenizer.decode, (prompt[1:], told)))
 
