@@ -104,9 +104,10 @@ class Config(AfterBase, Tools):
 
 
 # --- settings: what auto knobs stand for, by task -------------------------------------------------
-WORDS = dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16, attack_seeds=2)
+WORDS = dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16, attack_seeds=2,
+             attack_few=0)
 STORIES = WORDS | dict(attack_steps=[10, 40, 80], attack_rows=8, attack_seeds=1, attack_few=64)
-STRINGS = dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40], attack_seeds=2)
+STRINGS = WORDS | dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40])
 ATTACK = {"arithmetic": WORDS, "language": WORDS | dict(attack_steps=[10, 20, 40, 60, 80]),
           "tinystories": STORIES, "bilingual": STORIES, "instruct": WORDS,
           "pcfg": STRINGS | dict(attack_rows=64), "gaming": STRINGS | dict(attack_rows=32)}

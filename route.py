@@ -388,7 +388,7 @@ def judge(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None,
         tuned = cohere(model, labelled, cfg, method)
     finetuned = calibrated_losses(tuned, task, cfg)
     with autocast(cfg):
-        finer = task.score(tuned, finer=True)
+        finer = task.score(tuned, finer=True) if task.name == "tinystories" else {}
     result = relearn(tuned, task, cfg, method)
     stages = {"_before": before, "": after, "_finetuned": finetuned}
     losses = {f"{k}{stage}": at[k] for k in ("retain", "forget", "forget_words") if k in after

@@ -120,7 +120,7 @@ def watch(monkeypatch):
 
     own = {"fit": fit, "obtain": obtain, "revive": revive,
            "probe": lambda model, *given: ([worth(model)], 0.5)}
-    for module in (train, judges, unlearn, undo, route, recontext, wrapper, revive_hack):
+    for module in (train, judges, unlearn, undo, route, recontext, examine, wrapper, revive_hack):
         for name in own.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, own[name])
     for owner, name, spy in (
@@ -144,7 +144,7 @@ def test_the_story_of_undo(watch):
     alone; the oracle imitates filtered. All are attacked and judged on what nobody looked at."""
     cfg = undo.Config(task="pcfg", **ATTACK, base_steps=2, filtered_steps=2, alphas=[0.25], beta=0,
                       method="graddiff", unlearn_lr=1e-3, unlearn_steps=1, batch_size=4, lr=1e-3,
-                      muon_lr=0.0, check_every=1, steps=4)
+                      muon_lr=0.0, check_every=1, steps=4, distil_on="all")
     *_, rows_made = undo.story(cfg, STRINGS)
     told, made = {row["model"]: row for row in rows_made}, watch.made
     names = ["base", "filtered", "graddiff", "oracle", "undo-0.25", "distilled"]
@@ -238,7 +238,7 @@ def test_posthoc_learns_by_labels_and_is_judged_by_truth(watch, stories):
     view, base = task.labelled(0.5, 0.25), lively(task)
     route.posthoc(0.5, task, view, ROUTE, (base, RECORD))
     assert [it.of for it in watch.fits if it.of] == [
-        f"labels-50/{name}" for name in ("maxent", "rmu", "graddiff", "undo-0.6")]
+        f"labels-50/{name}" for name in ("maxent", "graddiff", "rmu", "graddiff", "undo-0.6")]
     assert all(equal(watch.made[name].start, weights(base)) for name in [*watch.models][:3])
     assert watch.made["labels-50/undo-0.6"].others == [watch.models["labels-50/graddiff"]]
     for ask in watch.asked:                        # outside of fits, training rows calibrate logits
