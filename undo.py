@@ -243,23 +243,23 @@ def columns(rows):
 
 def chosen_stories(rows, task, cfg):
     """({title: story}, topic) of base, the teacher, a student and filtered, or those of them that
-    told stories so far: of each model's, the one that mentions a forget word first. All are of the
-    first seed, so that a title's share belongs to the model whose story is shown. topic is None if
-    the task has no words to forget."""
+    there are so far. All go on with the same beginning, the one after which base mentions a forget
+    word first, and are of the first seed. topic is None if the task has no words to forget."""
     near = min(cfg.alphas, key=lambda alpha: abs(alpha - 0.6), default=0)
     titles = {"base": "base (before unlearning)", cfg.method: f"{cfg.method} (unlearned)",
               f"undo-{near:g}": f"UNDO, alpha {near:g}", "filtered": "filtered (gold standard)"}
     rows = {row["model"]: row for row in rows if row["seed"] == cfg.seed and row.get("stories")}
+    told = rows.get("base", {"stories": [""]})["stories"]
     topic = mention(task.made_with["forget_words"]) if "mentions" in rows.get("base", ()) else None
+    found = {i: topic and topic.search(story) for i, story in enumerate(told)}
+    which = min(found, key=lambda i: found[i].start() if found[i] else math.inf)
     stories = {}
     for name, title in titles.items():
         if name in rows:
             if topic:
                 # one story of 200 is 0.5%, which must not be rounded to 0%
                 title += f"\n{100 * rows[name]['mentions']:.3g}% of stories mention a forget word"
-            stories[title] = min(rows[name]["stories"], key=lambda story: (
-                not story, mentioned.start() if topic and (mentioned := topic.search(story)) else
-                math.inf))
+            stories[title] = rows[name]["stories"][which]
     return stories, topic
 
 
@@ -298,8 +298,8 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
                 ylabel="robustness, mean over the attack's steps (%)",
                 title="Robustness against compute")
     if stories:
-        which = ": of ten, the one that mentions a forget word first, if any does" if topic else ""
-        axes[2].figure.suptitle(f"A story told by each model{which}")
+        axes[2].figure.suptitle("How each model goes on, after the bar, with the same story" + (
+            ", which was broken off before its first forget word" if topic else ""))
         draw_stories(axes[2:], stories, topic)
 
 

@@ -31,7 +31,7 @@ SETTINGS["tinystories", "paper"] = dict(vocab_size=4096)
 SIZES = ("small", "paper")   # paper: of Cloud et al. 2024, see docs/tasks.md
 FOREST = ("tree", "trees", "forest", "forests", "woodland", "woodlands")
 TOLD = 200                   # stories that a model tells, to see how many mention a forget word
-SHOWN = 10                   # and how many it tells to be read
+SHOWN = 10                   # and how many it goes on with, to be read
 MOST = 100_000               # stories; --size=paper takes all that its source has
 
 
@@ -140,9 +140,8 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
                                   model tells from nothing at temperature 1, as long as a row
     retain_bits_per_byte, ..      with finer: bits per byte compare two languages better, because
                                   their tokens differ in length. END is a token without bytes
-    stories                       with finer: SHOWN more stories at temperature 0.7, which reads
-                                  better; for bilingual, one in each language that goes on where a
-                                  held-out story begins
+    stories                       with finer: how the model goes on with held-out stories, as texts;
+                                  see begun
     """
     topical = task.name == "tinystories" and "forget" in domains and part == "test"
     figures = {domain: task.loss(model, domain, 32 if part == "val" else 128, part)
@@ -155,30 +154,47 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
         for domain in domains:
             tokens, size = len(task.tokens(f"{domain}_val")), task.facts["bytes"][f"{domain}_val"]
             figures[f"{domain}_bits_per_byte"] = figures[domain] / math.log(2) * tokens / size
-        figures["stories"] = (told(model, task, SHOWN, 0.7) if task.name == "tinystories" else
-                              [told_on(domain, model, task) for domain in domains])
+        figures["stories"] = continued(model, task, begun(task))
     return figures
 
 
-def told(model, task, samples=TOLD, temperature=1.0):
-    """Stories that the model tells from nothing, always by the same random numbers. They end after
-    a row's length at the latest."""
-    tokens = model.generate([[task.end]], task.block_size - 1, temperature, task.end,
-                            samples=samples).tolist()
-    stories = [story[:story.index(task.end)] if task.end in story else story for story in tokens]
-    return [task.tokenizer.decode(story) for story in stories]
+def told(model, task):
+    """TOLD stories that the model tells from nothing, always by the same random numbers. They end
+    after a row's length at the latest."""
+    tokens = model.generate([[task.end]], task.block_size - 1, 1.0, task.end, samples=TOLD).tolist()
+    return [task.tokenizer.decode(until(task.end, story)) for story in tokens]
 
 
-def told_on(domain, model, task, begun=8):
-    """A story whose first tokens are those of a held-out story of the domain; the model tells the
-    rest at temperature 0.7, up to a row's length. Between the two stands a bar."""
-    tokens = task.tokens(f"{domain}_val")
-    ends = np.flatnonzero(tokens == task.end)
-    first = ends[len(ends) // 2]                                    # the second half is for tests
-    prompt = tokens[first:first + 1 + begun].tolist()
-    new = model.generate([prompt], task.block_size - len(prompt), 0.7, task.end)[0].tolist()
-    told = new[:new.index(task.end)] if task.end in new else new
-    return " | ".join(map(task.tokenizer.decode, (prompt[1:], told)))
+def until(end, tokens):
+    return tokens[:tokens.index(end)] if end in tokens else tokens
+
+
+def begun(task):
+    """Beginnings of held-out stories, as lists of tokens. tinystories: of SHOWN forest stories,
+    each broken off before its first forest word. bilingual: the first eight tokens of a story in
+    each language."""
+    found = []
+    for domain in ("forget",) if task.name == "tinystories" else ("retain", "forget"):
+        tokens, some = task.tokens(f"{domain}_val"), []
+        ends = np.flatnonzero(tokens == task.end)
+        ends = ends[len(ends) // 2:]                                # the second half is for tests
+        for first, last in zip(ends, ends[1:]):
+            story = tokens[first:last].tolist()                     # the END before it comes first
+            marks = [False] * 9 + [True] if task.name == "bilingual" else matches(
+                mention(task.made_with["forget_words"]), story, task.tokenizer)
+            if 9 <= marks.index(True) <= min(48, task.block_size // 2):
+                some.append(story[:marks.index(True)])
+        found += some[:SHOWN if task.name == "tinystories" else 1]
+    return found
+
+
+def continued(model, task, beginnings):
+    """These stories, each told to its end by the model at temperature 0.7, up to a row's length.
+    A bar stands where the model begins."""
+    room = task.block_size - max(map(len, beginnings), default=0)
+    new = model.generate(beginnings, room, 0.7, task.end).tolist() if beginnings else []
+    return [" | ".join(map(task.tokenizer.decode, (old[1:], until(task.end, tokens))))
+            for old, tokens in zip(beginnings, new)]
 
 
 @torch.no_grad()

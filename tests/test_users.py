@@ -199,7 +199,7 @@ def test_a_story_that_stops_within_a_sentence(tmp_path, capsys):
     assert [read(ax) for ax in axes] == [[end] for end in ends.values()]
 
 
-STORIES = {"base": ["A dog ran.", "A tree.", "Two trees."], "filtered": ["", "A cat.", "A sun."],
+STORIES = {"base": ["A dog.", "Two trees.", "A tree."], "filtered": ["No.", "A cat.", "A sun."],
            "graddiff": ["A hat.", "A dog.", "Forest!"], "undo-0.2": ["No.", "No.", "No."],
            "undo-0.5": ["A big dog.", "A street.", "A car."]}
 
@@ -244,8 +244,8 @@ def test_what_the_picture_of_undo_shows(shown, marked, titles, tmp_path, capsys,
     assert figure.get_figheight() == (4.8 if shown == "nothing" else 4.8 + 3.95)
     assert [ax.get_title(loc="left") for ax in above] == titles
     assert [" ".join(bold.strip() for _, bold in lines_of(ax)) for ax in above] == marked
-    expected = {"stories and mentions": ["A tree.", "Forest!", "A big dog.", "A cat."],
-                "stories": ["A dog ran.", "A hat.", "A big dog.", "A cat."], "nothing": []}[shown]
+    expected = {"stories and mentions": ["A tree.", "Forest!", "A car.", "A sun."],    # the third
+                "stories": ["A dog.", "A hat.", "A big dog.", "No."], "nothing": []}[shown]
     assert [" ".join(read(ax)) for ax in above] == expected
 
 
