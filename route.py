@@ -54,6 +54,8 @@ class Config(Attack):
                                        "(auto: the label fraction; 0.25 in the paper)", 0.001, 1)
     forget_heads: int = knob(1, "sgtm: attention heads in each block for the forget data", 0)
     forget_units: int = knob(64, "sgtm: MLP units in each block for the forget data", 0)
+    forget_embedding: bool | None = knob(None, "sgtm: whether rows labelled forget train the "
+                                         "embedding, as in the paper")
     expand: int = knob(64, "era, expanded: MLP units added to each block", 1)
     off_target: float = knob(-2.0, "era: gradient weight of forget tokens on the original units "
                              "(-0.75 in the paper, which is too weak for three blocks)", -10, 1)
@@ -64,8 +66,10 @@ class Config(Attack):
     alphas: list[float] = knob([0.6], "with_posthoc: UNDO's noise", 0, 1)
 
 
-STORIES = dict(steps=1200, batch_size=8, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3])
-SETTINGS = {"tinystories": STORIES, "bilingual": STORIES,       # what auto knobs stand for, by task
+STORIES = dict(steps=1200, batch_size=8, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
+               forget_embedding=True)
+SETTINGS = {                               # what auto knobs stand for, by task
+            "tinystories": STORIES | dict(forget_embedding=False), "bilingual": STORIES,
             "language": STORIES | dict(steps=400, batch_size=32,
                                        attack_steps=[10, 20, 40, 80, 120]),
             # As many steps and rows as in the code of Cloud et al. 2024, whose era has
@@ -207,13 +211,17 @@ def sgtm(model, task, cfg, frozen):
     forget        the retain parameters are frozen
     sure          labelled retain: the forget parameters are frozen and silenced
     unlabelled    nothing is masked, and the forget part absorbs what resembles forget data
-    Embeddings learn from all. Muon must treat the parts as separate matrices (pieces). Otherwise it
+    The embedding learns from all, or from all but forget rows (cfg.forget_embedding): it unembeds,
+    too, so that a word to be forgotten would live on in its own row. Muon must treat the parts as separate matrices (pieces). Otherwise it
     orthogonalises them together, momentum included, so that what the forget part has learned steers
     every later step of the retain part.
     """
     frozen.pieces = model.rectangles(cfg.forget_heads, cfg.forget_units)
     forget_entries = forget_masks(model, cfg.forget_heads, cfg.forget_units)
     retain_entries = [(p, ~mask) for p, mask in forget_entries]
+    if not cfg.forget_embedding:
+        wte = model.wte.weight
+        retain_entries.append((wte, torch.ones_like(wte, dtype=torch.bool)))
     stands_still = {"forget": retain_entries, "sure": forget_entries, "unlabelled": []}
     n, m = model.config.n_head, model.config.n_units
     heads = torch.arange(n, device=task.device) < n - cfg.forget_heads
@@ -353,13 +361,14 @@ def train_by(method, fraction, task, cfg):
     """(model, record) of a method, with labels for a fraction of the forget data, read from disk or
     made. Every method trains on the same number of tokens."""
     knobs = {"era": ("expand", "off_target", "l1"), "expanded": ("expand",),
-           "sgtm": ("forget_heads", "forget_units")}.get(method, ())
+             "sgtm": ("forget_heads", "forget_units")}.get(method, ())
     made_with = recipe(cfg, task) | {k: getattr(cfg, k) for k in knobs} | {"method": method}
     name = model_name(method, fraction)
     if method not in NO_LABELS:
         made_with |= {"label_fraction": fraction, "false_positives": cfg.false_positives}
     if method == "sgtm":
         made_with["retain_labels"] = cfg.retain_labels or fraction
+        made_with |= {} if cfg.forget_embedding else {"forget_embedding": False}
 
     def make(checkpoint):
         extra = 0 if method == "sgtm" else part_of(method, cfg)[1]

@@ -36,7 +36,7 @@ from train import fit
 ROOT = Path(__file__).parent.parent
 SMALL = dict(n_layer=2, n_head=4, n_embd=32)
 CFG = Config(device="cpu", compile=False, steps=6, batch_size=8, lr=1e-2, muon_lr=0.0, seed=3,
-             forget_units=16, expand=16, **SMALL)
+             forget_units=16, expand=16, forget_embedding=True, **SMALL)
 
 
 @pytest.fixture(scope="module")
