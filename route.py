@@ -212,9 +212,9 @@ def sgtm(model, task, cfg, frozen):
     sure          labelled retain: the forget parameters are frozen and silenced
     unlabelled    nothing is masked, and the forget part absorbs what resembles forget data
     The embedding learns from all, or from all but forget rows (cfg.forget_embedding): it unembeds,
-    too, so that a word to be forgotten would live on in its own row. Muon must treat the parts as separate matrices (pieces). Otherwise it
-    orthogonalises them together, momentum included, so that what the forget part has learned steers
-    every later step of the retain part.
+    too, so that a word to be forgotten would live on in its own row. Muon must treat the parts as
+    separate matrices (pieces). Otherwise it orthogonalises them together, momentum included, so
+    that what the forget part has learned steers every later step of the retain part.
     """
     frozen.pieces = model.rectangles(cfg.forget_heads, cfg.forget_units)
     forget_entries = forget_masks(model, cfg.forget_heads, cfg.forget_units)

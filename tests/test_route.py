@@ -128,13 +128,15 @@ def decaying(optimizers):
     return made
 
 
-@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
-def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr):
+@pytest.mark.parametrize("muon_lr, embedding", [(0.0, True), (0.02, False)])
+def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr, embedding):
     """Through whole steps, momentum and weight decay on: on forget rows no parameter of the blocks
-    moves but the forget part, on labelled retain rows none of the forget part, else all."""
+    moves but the forget part, on labelled retain rows none of the forget part, else all. The
+    embedding moves on all rows, or on all but forget rows."""
     monkeypatch.setattr(train, "optimizers", decaying(train.optimizers))
     task, model, frozen = stories.labelled(0.7, 0.1, 0.5), lively(stories), Frozen()
-    loss_fn = route.sgtm(model, task, CFG, frozen)
+    cfg = dataclasses.replace(CFG, forget_embedding=embedding)
+    loss_fn = route.sgtm(model, task, cfg, frozen)
     marked = lively(stories)
     for p in marked.parameters():
         p.data.zero_()
@@ -159,6 +161,8 @@ def test_sgtm_holds_to_the_bit(stories, monkeypatch, float32, muon_lr):
                 assert same[mine].all() and not same[~mine].all(), name
             else:
                 assert not same[mine].all() and not same[~mine].all(), name
+        moved = not torch.equal(model.wte.weight, now["wte.weight"])
+        assert moved == (embedding or kinds[-1] != "forget")
         seen.append(kinds[-1])
 
     fit(model, before_step, CFG, 24, 0.01, muon_lr, after_backward=frozen.after_backward,
