@@ -77,7 +77,7 @@ SETTINGS = {                                # what auto knobs stand for, by task
     "language": WORDS | dict(method="graddiff", alphas=[0.6, 0.7]),
     # Blocks normalise what they read, so that shrunk weights lose little. A word's embedding is
     # damaged by more noise only, and relearned by a student that reads the word.
-    "tinystories": STORIES | dict(alphas=[0.3, 0.6], beta=3.0, distil_on="retain"),
+    "tinystories": STORIES | dict(alphas=[0.6, 0.8], beta=3.0, distil_on="retain"),
     "bilingual": STORIES,
     "instruct": STORIES | dict(steps=400, batch_size=16),
     "pcfg": STRINGS, "gaming": STRINGS}
