@@ -37,7 +37,7 @@ from train import fill, fit, open_task
 METHOD_KNOBS = "steps", "lr", "retain_weight", "batch_size"
 TUNED = {
     "maxent":   {"arithmetic": (80, 5e-4, 50.0, 32), "language": (40, 1e-3, 20.0, 32),
-                 "tinystories": (160, 1.5e-3, 20.0, 16), "instruct": (40, 1e-3, 20.0, 32),
+                 "tinystories": (220, 1.2e-3, 20.0, 16), "instruct": (40, 1e-3, 20.0, 32),
                  "pcfg": (40, 3e-4, 1.0, 64)},
     "graddiff": {"arithmetic": (40, 5e-4, 50.0, 32), "language": (40, 1e-3, 3.0, 32),
                  "tinystories": (120, 5e-4, 5.0, 16), "instruct": (40, 1e-3, 3.0, 32),
