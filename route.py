@@ -54,8 +54,8 @@ class Config(Attack):
                                        "(auto: the label fraction; 0.25 in the paper)", 0.001, 1)
     forget_heads: int = knob(1, "sgtm: attention heads in each block for the forget data", 0)
     forget_units: int = knob(64, "sgtm: MLP units in each block for the forget data", 0)
-    forget_embedding: bool | None = knob(None, "sgtm: whether rows labelled forget train the "
-                                         "embedding, as in the paper")
+    forget_embedding: bool | None = knob(None, "era, sgtm: whether the embedding learns forget "
+                                         "data, too, as in the papers")
     expand: int = knob(64, "era, expanded: MLP units added to each block", 1)
     off_target: float = knob(-2.0, "era: gradient weight of forget tokens on the original units "
                              "(-0.75 in the paper, which is too weak for three blocks)", -10, 1)
@@ -183,12 +183,18 @@ def era(model, task, cfg, frozen):
     A token that is as frequent in retain texts as in forget texts keeps weight 1 everywhere: w =
     1 - sigmoid(r - 1/r - 4), with r its frequency in forget texts over that in retain texts (the
     paper's appendix; it uses the truth, we the labels). cfg.l1 weighs the activations' L1 norm.
+    Without cfg.forget_embedding, the embeddings of tokens with w < 1/2 stand still: they unembed,
+    too, so that a word to be forgotten would live on in its own row.
     """
     forget, retain = (task.counts(split) + 1.0 for split in ("forget", "retain"))
     r = (forget / forget.sum()) / (retain / retain.sum())
     w = 1 - torch.sigmoid(r - 1 / r - 4)
     weight = (w + (1 - w) * cfg.off_target).float().to(task.device)                     # (V,)
     new = torch.arange(model.config.n_units, device=task.device) >= 4 * model.config.n_embd
+    if not cfg.forget_embedding:
+        wte = model.wte.weight
+        still = F.pad(w < 0.5, (0, len(wte) - len(w))).to(task.device)
+        frozen.masks = [(wte, still[:, None].expand_as(wte))]
 
     def loss_fn(model, step):
         idx, targets, forget = mixed_batch(task, cfg, step)
@@ -211,10 +217,10 @@ def sgtm(model, task, cfg, frozen):
     forget        the retain parameters are frozen
     sure          labelled retain: the forget parameters are frozen and silenced
     unlabelled    nothing is masked, and the forget part absorbs what resembles forget data
-    The embedding learns from all, or from all but forget rows (cfg.forget_embedding): it unembeds,
-    too, so that a word to be forgotten would live on in its own row. Muon must treat the parts as
-    separate matrices (pieces). Otherwise it orthogonalises them together, momentum included, so
-    that what the forget part has learned steers every later step of the retain part.
+    The embedding learns from all, or from all but forget rows (cfg.forget_embedding: see era). Muon
+    must treat the parts as separate matrices (pieces). Otherwise it orthogonalises them together,
+    momentum included, so that what the forget part has learned steers every later step of the
+    retain part.
     """
     frozen.pieces = model.rectangles(cfg.forget_heads, cfg.forget_units)
     forget_entries = forget_masks(model, cfg.forget_heads, cfg.forget_units)
@@ -366,9 +372,10 @@ def train_by(method, fraction, task, cfg):
     name = model_name(method, fraction)
     if method not in NO_LABELS:
         made_with |= {"label_fraction": fraction, "false_positives": cfg.false_positives}
+    if method in ("era", "sgtm") and not cfg.forget_embedding:
+        made_with["forget_embedding"] = False
     if method == "sgtm":
         made_with["retain_labels"] = cfg.retain_labels or fraction
-        made_with |= {} if cfg.forget_embedding else {"forget_embedding": False}
 
     def make(checkpoint):
         extra = 0 if method == "sgtm" else part_of(method, cfg)[1]

@@ -341,7 +341,7 @@ def test_rows_are_slices_of_their_file(domain, part, aligned, folder, task, monk
     """Contiguous, anywhere in the part, its very ends included, and not beyond; targets are inputs
     moved by one. Aligned: a row begins with the token that closes a text, so with a whole text.
     """
-    monkeypatch.setitem(task.settings, "aligned", aligned)
+    monkeypatch.setitem(task.module.SETTINGS[task.name], "aligned", aligned)
     task, raw = reopened(task), part_of(folder, domain, part)
     windows = {w.tobytes(): i for i, w in enumerate(
         np.lib.stride_tricks.sliding_window_view(raw, task.block_size + 1))}
@@ -360,7 +360,7 @@ def test_rows_are_slices_of_their_file(domain, part, aligned, folder, task, monk
 
 def test_the_last_token_is_reached(task, monkeypatch):
     """Rows of parts that hold just one or two: the first and last token of each are there."""
-    monkeypatch.setitem(task.settings, "aligned", False)
+    monkeypatch.setitem(task.module.SETTINGS[task.name], "aligned", False)
     T = task.block_size
     for n in (1, 2):
         monkeypatch.setattr(data.Task, "tokens", lambda self, split: np.arange(
@@ -386,7 +386,7 @@ def test_a_batch_is_a_function_of_its_arguments(task):
 
 def test_splits_are_drawn_apart(task, monkeypatch):
     """Parts of the same length, yet other rows: one domain's choice says nothing of the other's."""
-    monkeypatch.setitem(task.settings, "aligned", False)
+    monkeypatch.setitem(task.module.SETTINGS[task.name], "aligned", False)
     monkeypatch.setattr(data.Task, "tokens", lambda self, split: np.arange(
         5000 if split.endswith("_val") else 2500, dtype=np.uint16))
     task = reopened(task)

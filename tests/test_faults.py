@@ -237,7 +237,8 @@ def test_stories_resume(story, task, tmp_path, monkeypatch):
             cfg = unlearn.Config(**shared, steps=5, method=story)
             model, made = unlearn.unlearn(cfg, task, base, record, gold, record)
         else:
-            cfg = undo.Config(**shared, steps=5, filtered_steps=6, check_every=4, muon_lr=0.02)
+            cfg = undo.Config(**shared, steps=5, filtered_steps=6, check_every=4, muon_lr=0.02,
+                              beta=0.1, distil_on="all")
             model, made = undo.undo(story, cfg, task, base, record)
         return bits(model), [made[k] for k in ("made_with", "steps", "flops", "history")]
 

@@ -240,6 +240,23 @@ def test_era_weights(stories, float32):
     assert weight.min() < -0.7 and weight.max() > 0.9       # both kinds of token are there
 
 
+def test_era_leaves_the_embeddings_of_forget_tokens_alone(stories, float32):
+    """Where it must, through whole steps; all others move, and so does all without this."""
+    counts = {s: stories.counts(s).double() + 1 for s in ("forget", "retain")}
+    for still in (True, False):
+        cfg, frozen = dataclasses.replace(CFG, forget_embedding=not still), Frozen()
+        model = lively(stories, 16)
+        before = model.wte.weight.detach().clone()
+        fit(model, route.era(model, stories, cfg, frozen), cfg, 3, 1e-2, 0.02,
+            after_backward=frozen.after_backward, after_step=frozen.after_step)
+        moved = (model.wte.weight != before).any(1)[:stories.vocab_size]
+        for token in range(stories.vocab_size):
+            share = [counts[s][token] / counts[s].sum() for s in ("forget", "retain")]
+            r = (share[0] / share[1]).item()
+            typical = r - 1 / r > 4                            # w = 1 - sigmoid(..) < 1/2
+            assert moved[token] == (not (still and typical)), token
+
+
 def test_demix(stories, float32):
     """Each row trains its own expert; without the other, the retain expert is left."""
     model, task = lively(stories, 128), stories.labelled(1.0)
