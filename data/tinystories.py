@@ -173,18 +173,20 @@ def begun(task):
     """Beginnings of held-out stories, as lists of tokens. tinystories: of SHOWN forest stories,
     each broken off before its first forest word. bilingual: the first eight tokens of a story in
     each language."""
-    found = []
+    found, n = [], SHOWN if task.name == "tinystories" else 1
     for domain in ("forget",) if task.name == "tinystories" else ("retain", "forget"):
         tokens, some = task.tokens(f"{domain}_val"), []
         ends = np.flatnonzero(tokens == task.end)
         ends = ends[len(ends) // 2:]                                # the second half is for tests
         for first, last in zip(ends, ends[1:]):
             story = tokens[first:last].tolist()                     # the END before it comes first
-            marks = [False] * 9 + [True] if task.name == "bilingual" else matches(
-                mention(task.made_with["forget_words"]), story, task.tokenizer)
-            if 9 <= marks.index(True) <= min(48, task.block_size // 2):
-                some.append(story[:marks.index(True)])
-        found += some[:SHOWN if task.name == "tinystories" else 1]
+            cut = 9 if task.name == "bilingual" else matches(
+                mention(task.made_with["forget_words"]), story, task.tokenizer).index(True)
+            if 4 < cut < min(48, task.block_size):
+                some.append(story[:cut])
+            if len(some) == n:
+                break
+        found += some
     return found
 
 

@@ -253,7 +253,7 @@ def test_undo_on_stories(undone):
                                     "mentions", "relearned_mentions", "relearned_few"},
                method="graddiff")
     assert all(f"{row['model']} tells: {row['stories'][0].split()[0]}" in out
-               for row in saved["rows"] if row["stories"][0].split())
+               for row in saved["rows"])
     assert all(row["relearned"]["4"] < row["forget"] for row in saved["rows"])
     files = {p.name for p in (undone.out / "tinystories").iterdir()}
     assert files - {"undo.png"} == {"undo.json", "seed0"}
