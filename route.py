@@ -416,7 +416,7 @@ def judge(model, task, labelled, cfg, method, fraction, part=(0, 0), hooks=None,
 
 def posthoc(fraction, truth, task, cfg, base):
     """Rows of MaxEnt, GradDiff, RMU and UNDO, which start from route.py's base and use the same
-    labels. They unlearn the data labelled forget and retain the rest. UNDO distils as in undo.py."""
+    labels. They unlearn what is labelled forget and retain the rest. UNDO distils as in undo.py."""
     labels = {"label_fraction": fraction, "false_positives": cfg.false_positives}
     (model, record), folder = base, f"labels-{100 * fraction:g}/"
     record = record | {"made_with": record["made_with"] | labels}
