@@ -28,7 +28,7 @@ def fetch(project):
         if "://" in project:
             project = urllib.request.urlretrieve(project, project.rpartition("/")[2])[0]
         shutil.unpack_archive(project, folder)
-    return checkout_in([folder, *folder.iterdir()])
+    return checkout_in([folder, *folder.glob("*/")])
 
 
 def find():
