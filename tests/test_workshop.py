@@ -113,7 +113,7 @@ def test_exercises_do_not_show_solutions(master):
         assert len({cell["id"] for cell in book["cells"]}) == len(source)
 
 
-# --- the first cell --------------------------------------------------------------------------------
+# --- the first cell ------------------------------------------------------------------------------
 @pytest.fixture
 def away(tmp_path, monkeypatch):
     """(a folder away from any checkout, which is the current one; the archive of a project)."""

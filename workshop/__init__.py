@@ -1,3 +1,5 @@
-"""Four lessons of half an hour each. The masters are plain scripts (python workshop/1_unlearning.py);
-python -m workshop.build makes a notebook with exercises and one with solutions of each. See
-docs/teaching.md."""
+"""Four lessons of half an hour each: see docs/teaching.md.
+
+A master is a plain script (python workshop/1_unlearning.py). python -m workshop.build makes two
+notebooks of it, one with exercises and one with solutions.
+"""
