@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import route
 from workshop import build, lesson
 from workshop.lesson import Wrong
 
@@ -24,6 +25,7 @@ def names(master):
 def tiny(monkeypatch, tmp_path):
     """Lessons run with the least sizes, in a folder of their own."""
     monkeypatch.setattr(lesson, "SIZE", "test")
+    monkeypatch.setattr(route, "forget_part", route.forget_part)   # lesson 2 puts its own there
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,7 +53,7 @@ def test_checks_tell_right_from_wrong(master, tiny):
             continue
         if kind == "exercise":
             stub = build.stub(cell.source)
-            assert stub.count("NotImplementedError") == 1
+            assert "NotImplementedError" in stub
             solution = cell.source
             exec(compile(stub, master.name, "exec"), scope)
         elif kind == "check":
@@ -103,9 +105,8 @@ def test_exercises_do_not_show_solutions(master):
         if build.tags(cell) & build.ONLY_SOLUTIONS:
             assert cell.source not in told
         if "exercise" in build.tags(cell):
-            body = build.SOLUTION.search(cell.source + "\n").group(0)
-            assert all(line.strip() not in told for line in body.split("\n")[1:-2]
-                       if len(line.strip()) > 40)
+            for solution in build.SOLUTION.finditer(cell.source + "\n"):
+                assert "\n".join(solution[0].split("\n")[1:-2]) not in told
     for book in (exercises, solutions):
         source = ["".join(cell["source"]) for cell in book["cells"]]
         assert "### " not in "".join(source).replace("#### ", ""), "a marker is left"
