@@ -63,11 +63,11 @@ def pretrain(name, split, steps, seed):
     """(model, record) of a new model, trained on a split."""
     model = new_model(cfg, task, name)
     record = fit(model, lambda model, step: model(*task.batch(split, ROWS, step, seed)), cfg, steps,
-                 1e-2, 0.04, name=name, decay=0.8)
+                 2e-2, 0.04, name=name, decay=0.8)
     return model, record
 
 
-base, _ = pretrain("base", "all", pick(500, 600, 2), 1)
+base, _ = pretrain("base", "all", pick(420, 600, 2), 1)
 print(task.score(base))
 
 # %% [markdown]
@@ -159,7 +159,7 @@ def unlearn(model, step):
 
 
 teacher = base.clone()
-teacher_record = fit(teacher, unlearn, cfg, pick(40, 40, 2), 1e-3, name="teacher", decay=0.5)
+teacher_record = fit(teacher, unlearn, cfg, pick(50, 50, 2), 1e-3, name="teacher", decay=0.5)
 print(task.score(teacher))
 print(ask(teacher, "12 * 5 ="), "|", ask(teacher, "12 + 5 ="))
 
@@ -509,7 +509,7 @@ print("robustness {:.2f} for {:.0f}% of the compute of training without * and /"
 # %% [markdown]
 # ## Exercise 6 (open): a better student
 #
-# Find a student that is more robust than this one, **for at most 50% of the compute** of training
+# Find a student that is more robust than this one, **for at most 55% of the compute** of training
 # `filtered`, the teacher included, and that keeps at least 90% of the teacher's retain score.
 # Return the student and the list of the records that fit() gave you on the way. You may call
 # `undo()` with another alpha, beta or number of steps; damage some weights more than others; do two
@@ -525,7 +525,7 @@ print("robustness {:.2f} for {:.0f}% of the compute of training without * and /"
 def better():
     """(student, [records of fit])"""
     ### BEGIN SOLUTION
-    student, record = undo(0.4, beta=0.5, steps=pick(100, 140, 2), name="better")
+    student, record = undo(0.45, beta=0.5, steps=pick(100, 140, 2), name="better")
     return student, [record]
     ### END SOLUTION
 
@@ -539,7 +539,7 @@ def check_better(better):
     for name, other in (("teacher", teacher), ("filtered", filtered), ("base", base)):
         assert not torch.equal(student.wte.weight, other.wte.weight), (
             f"this is {name} itself: damage a copy of the teacher, and repair it")
-    assert share <= pick(50, 50, 1000), f"it cost {share:.0f}% of the compute; 50% are allowed"
+    assert share <= pick(55, 55, 1000), f"it cost {share:.0f}% of the compute; 55% are allowed"
     kept, had = (task.score(model, ("retain",))["retain"] for model in (student, teacher))
     assert kept >= 0.9 * had, (f"its retain score is {kept:.2f}, the teacher's is {had:.2f}: it "
                                f"needs more distillation, or less noise")
