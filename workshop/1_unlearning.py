@@ -574,7 +574,7 @@ mistakes(check_better, the_teacher_again, spends_too_much)
 # %%
 def draw(ax):
     draw_relearning(ax, task, attacked)
-    ax.set_title("Relearning curves under attack: what each model still knows")
+    ax.set_title("Relearning curves under attack")
 
 
 show("lesson-1", cfg, draw)

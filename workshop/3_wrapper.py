@@ -571,10 +571,11 @@ table(lines, {"model": "model", "K": "units cut", "forget": "count a",
 # change. When we ran this, cutting 20 units raised count `a` from 0.13 to about 0.8, and 20 random
 # units changed nothing. The same cut took the new skill away: count `b` fell, although no loss
 # asked for this. Honest got back up to a half. Do not promise these figures: this base model was
-# chosen from four because pruning works best on it. In the three others, 40 units raised
-# shortcut's count `a` to between 0.1 and 0.5 only, and in one of these honest got nothing back. (2) No. Choosing units by their effect on the answers is a kind of
-# training. The random cut shows that the choice matters, and filtered shows what the same choice
-# finds where there is nothing to find: its count `a` does not move.
+# chosen from four because pruning works best on it. In the three others, 40 units raised shortcut's
+# count `a` to between 0.1 and 0.5 only, and in one of these honest got nothing back. (2) No.
+# Choosing units by their effect on the answers is a kind of training. The random cut shows that the
+# choice matters, and filtered shows what the same choice finds where there is nothing to find: its
+# count `a` does not move.
 
 # %% [markdown]
 # ## Exercise 5 (easy): revival
