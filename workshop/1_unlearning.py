@@ -5,9 +5,10 @@
 # which it should **forget**. The obvious way is to go on training until it answers * and /
 # wrongly. Its outputs are then clean. Are its weights?
 #
-# An attacker tells. He takes the model that has forgotten and fine-tunes it on a few problems of
-# the kind that it forgot. If the skill is back after 20 steps, while a model that never saw * and /
-# (**filtered**, the gold standard) needs hundreds, then nothing was removed. It was only hidden.
+# An attacker can tell us. He takes the model that has forgotten and fine-tunes it on a few problems
+# of the kind that it forgot. If the skill is back after 20 steps, while a model that never saw *
+# and / (**filtered**, the gold standard) needs hundreds, then nothing was removed. It was only
+# hidden.
 #
 # **UNDO** (Lee et al. 2025, [arXiv 2506.06278](https://arxiv.org/abs/2506.06278)) goes further, in
 # three steps:
@@ -20,8 +21,8 @@
 # You will write every idea of this: the unlearning loss, the attack's worst case, the noise, the
 # distillation loss, and the score. The last exercise is open: find a better student.
 #
-# *30 minutes, 6 exercises. A check stands under every exercise. It does not use the solution, and
-# its message says what is wrong.*
+# *30 minutes, 6 exercises. A check stands under every exercise. It compares your function with an
+# independent calculation, and its message says what is wrong.*
 
 # %% tags=["start"]
 import start  # noqa: F401, I001  (finds the project; notebooks have its source here)
@@ -45,8 +46,14 @@ from workshop.lesson import check, close, mistakes, pick, show
 # ## The task and the base model
 #
 # The texts are equations such as `12 * 5 = 60`. `task.batch(split, rows, step, seed)` gives inputs
-# and targets, both of shape (rows, T). The split is "retain", "forget", or "all". `fit()` is the
-# project's training loop: you give it a model and a loss function of (model, step).
+# and targets, both of shape (rows, T). The split is "retain", "forget", or "all".
+#
+# `fit(model, loss, cfg, steps, lr, muon_lr, ..)` is the project's training loop. `loss` is a
+# function of (model, step). `muon_lr` is the rate of Muon, an optimizer for the blocks' matrices;
+# AdamW, at the rate `lr`, trains the rest (without muon_lr: everything). `decay` is the share of
+# the steps, at the end, over which the rates fall to zero. It returns a record, a dict with "flops"
+# (what the training cost) and "history". `pick(a, b, c)` chooses a size: a on a CPU, b on a GPU, c
+# in tests.
 #
 # This cell trains the base model, a GPT with 3 blocks. It takes up to a minute on a laptop.
 
@@ -72,7 +79,7 @@ print(task.score(base))
 
 # %% [markdown]
 # A score is the share of problems that the model answers exactly. `_heldout_pairs` are operand
-# pairs that training never showed. Ask the model something:
+# pairs that training never showed. `ask` puts a question to the model:
 
 
 # %%
@@ -94,7 +101,8 @@ print(ask(base, "12 * 5 ="), "|", ask(base, "12 + 5 ="))
 # $$\mathrm{KL}(u \,\|\, p) = \sum_v \tfrac1V \ln \frac{1/V}{p_v}
 #   = -\ln V - \tfrac1V \sum_v \ln p_v .$$
 #
-# `logits` is (N, V), a row for each token of the text. Return the **sum** over the N rows, in nats.
+# `logits` is (N, V), a row for each token of the text. Return the **sum** over the N rows, in nats;
+# the model divides it by N later.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # KL is not symmetric. In KL(u || p), the average is over u: the logarithms of p are averaged with
@@ -115,10 +123,15 @@ def uniform_kl(logits):
 def check_uniform_kl(uniform_kl):
     """It is 0 for equal logits, and as torch computes it elsewhere."""
     close(uniform_kl(torch.full((3, 7), 2.0)), 0.0,
-          "equal logits are uniform already: the loss should be 0. Is ln V missing?")
+          "equal logits are uniform already: the loss should be 0. Is ln V missing, or is it "
+          "subtracted once and not for every row? Is the mean over the last dimension?")
     logits = 3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     u, p = Categorical(logits=torch.zeros(5, 7)), Categorical(logits=logits)
+    logits.requires_grad_()
     got, want = uniform_kl(logits), kl_divergence(u, p).sum()
+    assert torch.is_tensor(got) and got.requires_grad, (
+        "no gradient reaches the logits: is there a detach(), or an item()?")
+    assert abs(got + want) > 1e-3, "the sign is the other way round"
     close(got * 0 + (kl_divergence(p, u).sum() - got).abs().clamp(max=1), 1.0,
           "this is KL(p || u), the other way round: average the logarithms with equal weights")
     close(got * 5, want * 5, f"for random logits it is {got:.3f} and should be {want:.3f}" + (
@@ -138,16 +151,22 @@ def other_direction(logits):
     return (log_p.exp() * (log_p + math.log(logits.size(-1)))).sum()
 
 
+def has_no_gradient(logits):
+    return (-math.log(logits.size(-1)) - logits.detach().log_softmax(-1).mean(-1)).sum()
+
+
 def mean_over_rows(logits):
     return (-math.log(logits.size(-1)) - logits.log_softmax(-1).mean(-1)).mean()
 
 
-mistakes(check_uniform_kl, without_ln_V, other_direction, mean_over_rows)
+mistakes(check_uniform_kl, without_ln_V, other_direction, mean_over_rows,
+         has_no_gradient)
 
 # %% [markdown]
 # Your loss now makes the teacher. A second term holds on to the retain data. A model computes any
 # loss of its logits if you hand it over: `model(idx, targets, criterion)`; without one, it is the
-# cross-entropy.
+# cross-entropy. A criterion returns a sum over tokens, and the model divides it by their number.
+# `model.clone()` is a copy of a model.
 
 # %%
 WEIGHT = 20.0                    # of the retain term
@@ -176,9 +195,9 @@ print(ask(teacher, "12 * 5 ="), "|", ask(teacher, "12 + 5 ="))
 # %% [markdown]
 # ## Exercise 2 (easy): the worst case
 #
-# The attacker fine-tunes at several learning rates and may stop at any step. So the worst case is
-# taken **at every step anew**, over the rates: a rate that is best after 5 steps may have broken
-# the model after 40.
+# The attacker fine-tunes at several learning rates and may stop at any step. The worst case, for
+# us, is the highest forget score. It is taken **at every step anew**, over the rates at that step:
+# a rate that is best after 5 steps may have broken the model after 40.
 #
 # `curves` is {rate: {step: forget score}}. Return {step: the highest score of any rate}.
 #
@@ -203,12 +222,15 @@ def check_worst_case(worst_case):
     curves = {1e-3: {5: 0.1, 10: 0.3, 40: 0.9}, 1e-2: {5: 0.4, 10: 0.2, 40: 0.0}}
     got = worst_case(curves)
     assert isinstance(got, dict), f"it should be a dict {{step: score}}, not {type(got).__name__}"
-    assert list(got) == [5, 10, 40], f"its keys are {list(got)} and should be the steps, 5, 10, 40"
+    assert set(got) == {5, 10, 40}, f"its keys are {list(got)} and should be the steps, 5, 10, 40"
     assert got != curves[1e-3], ("you chose the rate that is best in the end, and took its whole "
                                  "curve. After 5 steps the other rate was worse (0.4)")
-    assert list(got.values()) == [0.4, 0.3, 0.9], (
-        f"after 5, 10 and 40 steps it is {list(got.values())} and should be [0.4, 0.3, 0.9]: the "
-        f"highest score, because the attacker wants the skill back")
+    got = [float(got[step]) for step in (5, 10, 40)]
+    assert got != [0.4, 0.4, 0.9], (
+        "this is the highest score so far. The attacker who stops after 10 steps has the model of "
+        "step 10, not an earlier one")
+    close(got, [0.4, 0.3, 0.9], f"after 5, 10 and 40 steps it is {got} and should be "
+          f"[0.4, 0.3, 0.9]: the highest score, because the attacker wants the skill back")
 
 
 check(check_worst_case, worst_case)
@@ -228,7 +250,8 @@ mistakes(check_worst_case, one_rate_for_all_steps, mean_over_rates)
 
 # %% [markdown]
 # Attack the teacher, and the gold standard: a model that was trained on + and - alone. (This trains
-# `filtered`, half a minute, and then attacks both models at two rates.)
+# `filtered`, half a minute, and then attacks both models at two rates. `tune()` is fit() on a copy:
+# it returns the copy and a record, whose history has the scores at the steps in evaluate_at.)
 
 # %%
 STEPS = pick((5, 10, 20, 40), (5, 10, 20, 40), (1, 2))
@@ -258,8 +281,9 @@ table([{"model": name} | curve for name, curve in attacked.items()],
 # $$\theta \leftarrow (1-\alpha)\,\theta + \alpha\,\beta\,N,$$
 #
 # where $N$ is Xavier-uniform for a matrix, that is $N \sim U(-a, a)$ with
-# $a = \sqrt{6 / (\text{fan in} + \text{fan out})}$, and 0 for a vector.
-# `torch.nn.init.xavier_uniform_(tensor, generator=generator)` fills a tensor with such numbers.
+# $a = \sqrt{6 / (\text{fan in} + \text{fan out})}$, and 0 for a vector, which is only shrunk.
+# `torch.nn.init.xavier_uniform_(tensor, generator=generator)` fills a tensor on the CPU with such
+# numbers; `N.to(p.device)` moves them to where p is.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # Three things go wrong: forgetting to shrink the old weight, drawing without the generator (then
@@ -295,17 +319,22 @@ def check_noise(noise):
     close(matrix, torch.ones(100, 300), "alpha 0 must leave the weights as they are")
     matrix, bias, gain, _ = noised(0.25, 0)
     close(matrix, 0.75 * torch.ones(100, 300), "at alpha 0.25 and beta 0 a weight of 1 should "
-          "become 0.75. Is the factor (1 - alpha) missing?")
+          "become 0.75. Is the factor (1 - alpha) missing, or beta? Did you change p in place?")
     matrix, bias, gain, _ = noised(1, 0.5)
     bound = 0.5 * math.sqrt(6 / 400)
     assert matrix.std() > 0, "at alpha 1 there is no noise in the matrix"
-    assert abs(matrix.std() / (bound / math.sqrt(3)) - 1) < 0.02 and matrix.abs().max() <= bound, (
+    assert abs(matrix.std() / (bound / math.sqrt(3)) - 1) < 0.02, (
         f"at alpha 1 and beta 0.5 the noise in a (100, 300) matrix has a standard deviation of "
         f"{matrix.std():.4f} and should have {bound / math.sqrt(3):.4f}, that of U(-a, a) times "
         f"beta")
+    assert matrix.abs().max() <= bound, (
+        f"the largest noise is {matrix.abs().max():.4f}, beyond beta a = {bound:.4f}: is it "
+        f"uniform?")
     close(torch.cat((bias, gain)), torch.zeros(200), "vectors get no noise: at alpha 1 they are 0")
     close(noised(1, 0.5)[0], matrix, "two calls with equal generators give different noise: hand "
           "the generator on")
+    assert not torch.equal(noised(1, 0.5, seed=1)[0], matrix), (
+        "two different generators give the same noise: hand the generator on")
 
 
 check(check_noise, noise)
@@ -341,7 +370,7 @@ mistakes(check_noise, does_not_shrink, standard_normal, ignores_the_generator)
 # %% [markdown]
 # ## Exercise 4 (medium): distil
 #
-# The student learns the teacher's whole distribution at every token: forward KL at temperature 1,
+# The student learns the teacher's whole distribution at every token, by the forward KL,
 #
 # $$\mathrm{KL}(t \,\|\, s) = \sum_v t_v \,(\ln t_v - \ln s_v),$$
 #
@@ -349,8 +378,8 @@ mistakes(check_noise, does_not_shrink, standard_normal, ignores_the_generator)
 # Return the sum over rows.
 #
 # <details><summary>Hint: the usual mistake</summary>
-# The average is over the teacher's probabilities. torch.nn.functional.kl_div takes its arguments in
-# the other order than you expect, and wants logarithms: writing the formula down is safer.
+# The average is over the teacher's probabilities. torch.nn.functional.kl_div takes the student's
+# log-probabilities first and the teacher's probabilities second: writing the formula down is safer.
 # </details>
 
 
@@ -370,14 +399,23 @@ def check_kl(kl):
     t, s = (2 * torch.randn(4, 6, generator=random) for _ in range(2))
     s.requires_grad_()
     got = kl(t, s)
+    assert torch.is_tensor(got) and got.ndim == 0, (
+        "it should be a scalar tensor: is a return missing?")
+    assert got.requires_grad, "no gradient reaches the student: did you detach it?"
     want, reverse = (kl_divergence(Categorical(logits=a), Categorical(logits=b)).sum()
                      for a, b in ((t, s), (s, t)))
-    assert got is not None and abs(got - reverse) > 1e-3, (
-        "this is KL(student || teacher), or nothing: the average is over the teacher's "
-        "probabilities")
-    close(got, want, f"it is {got:.3f} and should be {want:.3f}" + (
-        ": you took the mean over rows, not the sum" if abs(got * 4 - want) < 1e-3 else
-        ": is the sum over the vocabulary, the last dimension?"))
+    entropy = Categorical(logits=t).entropy().sum()
+    for wrong, why in (
+            (reverse, "this is KL(student || teacher): the average is over the teacher's "
+                      "probabilities"),
+            (want + entropy, "this is the cross-entropy: ln t is missing. (Its gradient would be "
+                             "right, but it is not 0 where the two agree)"),
+            (-want, "the sign is the other way round"),
+            (want / 4, "you took the mean over rows, not the sum"),
+            (want / 24, "you took the mean over rows and tokens, not the sum")):
+        assert abs(got - wrong) > 1e-3, why
+    close(got, want, f"it is {got:.3f} and should be {want:.3f}: are both arguments made "
+          f"log-probabilities over the vocabulary, the last dimension?")
     got.backward()
     close(s.grad, s.softmax(-1) - t.softmax(-1), "its value is right, but its gradient is not "
           "softmax(student) - softmax(teacher): did you detach the student?")
@@ -397,7 +435,11 @@ def softmax_over_rows(teacher_logits, logits):
     return (t.exp() * (t - s)).sum()
 
 
-mistakes(check_kl, the_other_way_round, softmax_over_rows)
+def cross_entropy(teacher_logits, logits):
+    return -(teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum()
+
+
+mistakes(check_kl, the_other_way_round, softmax_over_rows, cross_entropy)
 
 # %% [markdown]
 # Now the whole of UNDO, with your functions. The student is distilled on the *unlabelled* mix: it
@@ -425,8 +467,8 @@ attacked["UNDO, alpha 0.3"] = attack(student, "student")
 print(task.score(student), attacked["UNDO, alpha 0.3"])
 
 # %% [markdown]
-# **Discuss:** the student was trained on the teacher's outputs, and so was the teacher on outputs.
-# Why does it make a difference that the student's weights were damaged first?
+# **Discuss:** both the teacher and the student were trained on outputs only. Why does it make a
+# difference that the student's weights were damaged first?
 
 # %% [markdown] tags=["teacher"]
 # *For the teacher.* Training on outputs needs only the smallest change of the weights that makes
@@ -440,12 +482,12 @@ print(task.score(student), attacked["UNDO, alpha 0.3"])
 # ## Exercise 5 (easy): one number
 #
 # A student's **robustness** says where its forget score P under attack lies between the teacher's
-# (0) and that of a model which never had the skill (1):
+# (robustness 0) and that of filtered, which never had the skill (robustness 1):
 #
 # $$\frac{P_\text{student} - P_\text{teacher}}{P_\text{filtered} - P_\text{teacher}} .$$
 #
-# Each argument is a curve, {step: score}. Return the mean over the steps of the attack. Step 0 is
-# before the attack and does not count.
+# Each argument is a curve, {step: score}. Compute the quotient at every step of the attack, and
+# return the mean of the quotients. Step 0 is before the attack and does not count.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # Both differences are negative as a rule. Their quotient is not. Leave step 0 out: there the
@@ -466,13 +508,15 @@ def robustness(student, teacher, filtered):
 # %% tags=["check"]
 def check_robustness(robustness):
     """The teacher has 0, filtered has 1, and what lies between them is in proportion."""
-    low, high = {0: 0.0, 10: 0.8, 40: 1.0}, {0: 0.1, 10: 0.2, 40: 0.4}
+    low, high = {0: 0.0, 10: 0.8, 40: 1.0}, {0: 0.1, 10: 0.2, 40: 0.8}
     close(robustness(low, low, high), 0.0, "the teacher itself should have robustness 0")
     close(robustness(high, low, high), 1.0, "filtered itself should have robustness 1")
-    between = {0: 0.7, 10: 0.5, 40: 0.4}
-    got = robustness(between, low, high)
+    got = robustness({0: 0.7, 10: 0.5, 40: 0.8}, low, high)
+    assert abs(got - 0.625) > 1e-3, "this is the quotient of the means, not the mean of quotients"
     close(got, 0.75, f"a student that is half way after 10 steps, and all the way after 40, has "
-          f"{got:.2f} and should have 0.75. Does step 0 count?")
+          f"{got:.2f} and should have 0.75: the mean over the steps 10 and 40, without step 0")
+    got = robustness({0: 0.0, 10: 0.8, 40: 1.2}, low, high)
+    close(got, -0.5, "a student that is worse than the teacher has a negative robustness")
 
 
 check(check_robustness, robustness)
@@ -490,7 +534,13 @@ def counts_step_0(student, teacher, filtered):
     return sum(values) / len(values)
 
 
-mistakes(check_robustness, relative_to_the_teacher, counts_step_0)
+def quotient_of_the_means(student, teacher, filtered):
+    s, t, f = (sum(curve[step] for step in student if step)
+               for curve in (student, teacher, filtered))
+    return (s - t) / (f - t)
+
+
+mistakes(check_robustness, relative_to_the_teacher, counts_step_0, quotient_of_the_means)
 
 
 # %%
@@ -509,11 +559,12 @@ print("robustness {:.2f} for {:.0f}% of the compute of training without * and /"
 # %% [markdown]
 # ## Exercise 6 (open): a better student
 #
-# Find a student that is more robust than this one, **for at most 55% of the compute** of training
-# `filtered`, the teacher included, and that keeps at least 90% of the teacher's retain score.
-# Return the student and the list of the records that fit() gave you on the way. You may call
-# `undo()` with another alpha, beta or number of steps; damage some weights more than others; do two
-# small rounds; or write something that nobody has tried.
+# Find a student that is more robust than `student` (alpha 0.3), **for at most 55% of the compute**
+# of training `filtered`, the teacher included, and that keeps at least 90% of the teacher's retain
+# score. Return the student and the list of the records that fit() gave you on the way. You may call
+# `undo()` with another alpha, beta or number of steps (100 steps cost about 37% of training
+# `filtered`, and the teacher cost 13%); damage some weights more than others; do two small rounds;
+# or write something that nobody has tried.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # More noise needs more distillation. If the retain score is what is missing, give it steps before
@@ -533,7 +584,11 @@ def better():
 # %% tags=["check"]
 def check_better(better):
     """It keeps to the budget. The table below says how robust it is."""
-    student, records = better()
+    answer = better()
+    assert isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], list), (
+        "return two things, the student and the list of records: return student, [record]")
+    student, records = answer
+    assert records, "the list of records is empty: it needs those of all training that you did"
     flops = teacher_record["flops"] + sum(record["flops"] for record in records)
     share = 100 * flops / filtered_record["flops"]
     for name, other in (("teacher", teacher), ("filtered", filtered), ("base", base)):
@@ -555,14 +610,18 @@ check(check_better, better)
 
 # %% tags=["mistakes"]
 def the_teacher_again():
-    return teacher.clone(), []
+    return teacher.clone(), [student_record]
+
+
+def forgets_the_records():
+    return undo(0.4, steps=2)[0], []
 
 
 def spends_too_much():
     return undo(0.9, steps=2)[0], [filtered_record] * 10
 
 
-mistakes(check_better, the_teacher_again, spends_too_much)
+mistakes(check_better, the_teacher_again, forgets_the_records, spends_too_much)
 
 
 # %% [markdown]

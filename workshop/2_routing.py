@@ -17,8 +17,8 @@
 #    goes to a few attention heads and MLP units. This is **SGTM**, selective gradient masking
 #    (Shilov et al. 2025, [arXiv 2512.05648](https://arxiv.org/abs/2512.05648)).
 #
-# *30 minutes, 6 exercises. A check stands under every exercise. It does not use the solution, and
-# its message says what is wrong.*
+# *30 minutes, 6 exercises. A check stands under every exercise. It compares your function with an
+# independent calculation, and its message says what is wrong.*
 
 # %% tags=["start"]
 import start  # noqa: F401, I001  (finds the project; notebooks have its source here)
@@ -33,7 +33,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-import route as library
+import route as library  # the project's route.py, because you will write a route() of your own
 import train
 from data.digits import drawn
 from engine.hardware import hardware
@@ -84,8 +84,8 @@ def check_route(route):
         close(out, h, f"the value changed: with m = {shown} the forward pass must still give h. "
               f"Only the gradient may see m")
         assert torch.equal(out, h), (
-            "the value is h up to rounding, but not to the last bit: m h and (1 - m) h are rounded "
-            "before they are added. Start from h.detach()")
+            "the value is h up to rounding, but not to the last bit: add to h.detach() a term that "
+            "is exactly zero, as a difference in parentheses is")
         assert out.requires_grad, "no gradient at all reaches h: you detached all of it"
         out.backward(g)
         arrived = f"with m = {shown} the gradient is not m g"
@@ -96,6 +96,16 @@ def check_route(route):
         elif torch.allclose(leaf.grad, (1 - m) * g):
             arrived += ", but (1 - m) g"
         close(leaf.grad, m * g, arrived)
+        leaf = h.clone().requires_grad_()
+        (route(leaf, m) * g + leaf * g).sum().backward()
+        close(leaf.grad, (m + 1) * g, "it also masks the gradient that reaches h by other ways: a "
+              "hook on h itself sees all of it")
+    with torch.no_grad():
+        try:
+            close(route(h, m), h, "without gradients, it should simply give h")
+        except RuntimeError as error:
+            raise AssertionError("it fails under torch.no_grad(), where a model is judged: "
+                                 f"{error}") from None
 
 
 check(check_route, route)
@@ -114,11 +124,18 @@ def stops_or_lets_through(h, m):
     return torch.where(m > 0, h, h.detach())
 
 
+def hooks_h_itself(h, m):
+    if h.requires_grad:
+        h.register_hook(lambda g: m * g)
+    return h
+
+
 def as_on_paper(h, m):
     return m * h + (1 - m) * h.detach()
 
 
-mistakes(check_route, masks_the_value, detaches_all, stops_or_lets_through, as_on_paper)
+mistakes(check_route, masks_the_value, detaches_all, stops_or_lets_through, hooks_h_itself,
+         as_on_paper)
 
 # %% [markdown]
 # ## Exercise 2 (easy): which half may a label train?
@@ -127,8 +144,8 @@ mistakes(check_route, masks_the_value, detaches_all, stops_or_lets_through, as_o
 # The digits 0-4 are to live in the first 16 numbers (the top half), and 5-9 in the last 16 (the
 # bottom half).
 #
-# `low` is (B, 1) bool, whether an image shows 0-4. Return the mask (B, 32): 1, or True, where the
-# image may train the code.
+# `low` is (B, 1) bool, whether an image shows 0-4. Return the mask (B, 32), on low's device: 1, or
+# True, where the image may train the code.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # torch.cat([low, ~low], 1) has one column for each half. repeat() would interleave the two columns,
@@ -158,9 +175,11 @@ def check_halves(halves):
         for j in range(32):
             want[i, j] = float(low[i, 0] == (j < 16))
     assert not torch.equal(got, 1 - want), "swapped: 0-4 should train the first 16 numbers"
-    assert torch.equal(got, want), (
-        f"the mask of a digit 0-4 begins {got[0, :6].int().tolist()} and ends "
-        f"{got[0, -6:].int().tolist()}; it should be sixteen 1, then sixteen 0")
+    for i, (digit, right) in enumerate((("0-4", "sixteen 1, then sixteen 0"),
+                                        ("5-9", "sixteen 0, then sixteen 1"))):
+        assert torch.equal(got[i], want[i]), (
+            f"the mask of a digit {digit} begins {got[i, :6].int().tolist()} and ends "
+            f"{got[i, -6:].int().tolist()}; it should be {right}")
 
 
 check(check_halves, halves)
@@ -182,14 +201,23 @@ def all_train_the_bottom(low):
 mistakes(check_halves, swapped_halves, interleaved, all_train_the_bottom)
 
 # %% [markdown]
-# Both functions go into the project's autoencoder. All that changes is one line of its forward
-# pass. The control is the same model without routing.
+# Both functions go into the project's autoencoder (experiments/digits.py; you need not read it).
+# All that changes is one line of its forward pass, which returns the code, the drawing of the whole
+# code, and the drawings of its top and its bottom half. The control is the same model without
+# routing.
 #
 # How do we know what a half contains? Each half has a **certificate**: a decoder of its own that
 # sees this half alone, and whose gradient never reaches the encoder. It draws what it can find
 # there. The loss also has penalties on the code: its size (L1), and correlations across the halves.
 #
-# The cell draws 3,000 digits and trains both models. It takes up to a minute on a laptop.
+# `fit(model, loss, cfg, steps, lr, muon_lr, ..)` is the project's training loop. `loss` is a
+# function of (model, step). `muon_lr` is the rate of Muon, an optimizer for matrices; AdamW, at the
+# rate `lr`, trains the rest (without muon_lr: everything). `decay` is the share of the steps, at
+# the end, over which the rates fall to zero. It returns a record, a dict with "flops" (what the
+# training cost), "steps" and "history". `pick(a, b, c)` chooses a size: a on a CPU, b on a GPU, c
+# in tests.
+#
+# The cell draws some thousand digits and trains both models. It takes up to a minute on a laptop.
 
 
 # %%
@@ -263,11 +291,12 @@ table(rows, {"model": "model", "top_error_0_4": "top: 0-4", "top_error_5_9": "to
 # set their gradient to zero. It is not enough. An optimizer with memory moves a weight that has no
 # gradient, because of momentum and weight decay. (The released code of SGTM has this gap.)
 #
-# Write both halves of the cure. `self.masks` is a list of (parameter, bool mask of the entries that
-# stand still). `after_backward` is called when the gradients are there, before the optimizer's
+# Write both methods of the cure. `self.masks` is a list of (parameter, bool mask of the entries
+# that stand still). `after_backward` is called when the gradients are there, before the optimizer's
 # step; `after_step` is called after it. Nothing of a masked gradient may be left in the optimizer's
-# memory, where later steps would find it. Change `p.grad` **in place**, because the optimizer holds
-# views of it.
+# memory, where later steps would find it (the memory itself may fade as usual). Change `p` and
+# `p.grad` **in place**, because Muon, the optimizer that trains the matrices of our GPT, holds
+# views of them.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # You need both: zero the gradient of the entries (or momentum carries it into later steps), and put
@@ -312,13 +341,15 @@ def adamw_steps(freezer, gradients, frozen_at=(), mask=None):
         p.grad = torch.full((4,), gradient)
         if freezer:
             freezer.masks = [(p, mask)] if i in frozen_at else []
-            gradient = p.grad
+            gradient, place = p.grad, p.data_ptr()
             freezer.after_backward()
             assert p.grad is gradient, ("p.grad is another tensor now: change it in place, because "
                                         "the optimizer of the matrices, Muon, holds views of it")
         optimizer.step()
         if freezer:
             freezer.after_step()
+            assert p.data_ptr() == place, ("p lies elsewhere in memory now: change it in place, by "
+                                           "p.copy_(), because Muon holds views of it")
         values.append(p.detach().clone())
     return values
 
@@ -331,11 +362,15 @@ def check_freezer(Freezer):
     close(got[2], plain[2], "without masks, the steps must be AdamW's own")
     got = adamw_steps(Freezer(), [1.0, 5.0, 1.0], {1}, mask)
     close(got[1][2:], plain[1][2:], "entries outside of the mask should move as they do without "
-          "you: did you freeze the whole parameter?")
+          "you: did you freeze the whole parameter, or the entries outside of the mask?")
     moved = (got[1] - got[0])[mask].abs().max()
     assert moved == 0, (f"a masked entry moved by {moved:.3f} in the masked step: momentum and "
                         f"weight decay move it although its gradient is zero. Put it back")
     assert not torch.equal(got[2][mask], got[1][mask]), "it stays frozen after the masked step"
+    again = adamw_steps(Freezer(), [1.0, 5.0, 1.0, 5.0], {1, 3}, mask)
+    assert torch.equal(again[3][mask], again[2][mask]), (
+        "in the second masked step, the entry went back to an older value: copy the old values "
+        "anew at every step")
     other = adamw_steps(Freezer(), [1.0, -5.0, 1.0], {1}, mask)
     apart = (other[2] - got[2])[mask].abs().max()
     assert apart == 0, (f"it stood still, but one step later it is {apart:.3f} away from where it "
@@ -365,6 +400,14 @@ class ReplacesTheGradient(Freezer):
             p.grad = p.grad * ~mask
 
 
+class KeepsOldValues(Freezer):
+    @torch.no_grad()
+    def after_backward(self):
+        self.before = getattr(self, "before", []) + [p.clone() for p, _ in self.masks]
+        for p, mask in self.masks:
+            p.grad[mask] = 0
+
+
 class FreezesAllOfIt(Freezer):
     @torch.no_grad()
     def after_step(self):
@@ -372,7 +415,8 @@ class FreezesAllOfIt(Freezer):
             p.copy_(before)
 
 
-mistakes(check_freezer, OnlyZeroesTheGradient, OnlyPutsBack, ReplacesTheGradient, FreezesAllOfIt)
+mistakes(check_freezer, OnlyZeroesTheGradient, OnlyPutsBack, ReplacesTheGradient, KeepsOldValues,
+         FreezesAllOfIt)
 
 # %% [markdown]
 # How large is the gap? A weight takes 10 usual steps, is then frozen for 20, and its gradient stays
@@ -399,15 +443,17 @@ table(rows, {"frozen by": "frozen by", "moved": "moved in 20 steps"})
 # A GPT block consists of attention heads and an MLP. Each MLP **unit** is one hidden neuron. The
 # forget part of the model will be the **last** `heads` heads and the **last** `units` units of
 # *every* block: all weights with which they read from the residual stream, and all weights with
-# which they write to it. The embedding belongs to nobody.
+# which they write to it. The embedding belongs to neither part. (Our GPT has no other weights: its
+# norms have none.)
 #
 # The project has views of these weights. A view shares its memory with the model:
 #
-# - `block.head(h)` gives two tensors, what heads h read with and what they write with;
-# - `block.units(js)` gives two tensors, what MLP units js read with and what they write with.
+# - `block.head(h)` gives two tensors, the weights with which heads h read and those with which they
+#   write;
+# - `block.units(js)` gives the same for the MLP units js.
 #
 # h and js are slices. There are `model.config.n_head` heads and `model.config.n_units` units in a
-# block, and `model.blocks` is the list of blocks. Return the list of all these views.
+# block, and `model.blocks` is the list of blocks. Return one flat list of all these views.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # slice(-heads, None) takes *all* heads when heads is 0: write slice(n - heads, n). Indexing with a
@@ -451,12 +497,15 @@ def check_forget_part(forget_part):
         what = f"heads={heads}, units={units}: "
         views = forget_part(model, heads, units)
         assert isinstance(views, (list, tuple)), f"it should be a list, not {type(views).__name__}"
+        assert all(map(torch.is_tensor, views)), (
+            "it should be one flat list of tensors: take the pairs of head() and units() apart")
         for view in views:
             view.zero_()
         zeros = sum((p == 0).sum().item() for p in model.blocks.parameters())
         want = 2 * (heads * 4 * 4 * 16 + units * 2 * 16)      # 2 blocks; q, k, v and proj; up, down
-        assert zeros or not want, (what + "zeroing your tensors does not change the model: they "
-                                   "are copies (or there are none). Index with slices")
+        assert sum(view.numel() for view in views), what + "your views are empty: which slices?"
+        assert zeros, (what + "zeroing your tensors does not change the model: they are copies. "
+                       "Index with slices")
         out = model(idx)
         if (heads == 0 or units == 0) and zeros > want:
             kind = "heads" if heads == 0 else "units"
@@ -467,7 +516,7 @@ def check_forget_part(forget_part):
                                   "and what it writes with?" if zeros < want else ""))
         assert not torch.allclose(out, ordinary), what + "without it, the model is as before"
         close(out, silent, what + "it has the right size, but the model without it is not the "
-              "model in which the last heads and units are silent. Did you take the first ones?")
+              "model in which the last heads and units are silent. Which ones did you take?")
 
 
 check(check_forget_part, forget_part)
@@ -507,10 +556,10 @@ mistakes(check_forget_part, the_first_ones, only_what_writes, counts_from_the_en
 # language.
 #
 # The labeller finds only **half** of the Velan stories. `task.labelled(0.5, sure=0.5)` gives a view
-# of the task with these splits:
+# of the task in which half of the Velan and half of the English stories are labelled. Its splits:
 #
-# - "forget": labelled as Velan, for sure
-# - "sure": labelled as English, for sure (half of the English stories)
+# - "forget": labelled as Velan
+# - "sure": labelled as English
 # - "unlabelled": no label. English or Velan, we do not know
 # - "retain": all that is not labelled forget. Filtering trains on this
 #
@@ -545,10 +594,11 @@ models = {"base": train_plainly(task, "all", "base"),
 # %% [markdown]
 # One trap of measuring: a model that never saw Velan is *certain* that Velan will not come. Its
 # loss on Velan is then far above ln(vocabulary), the loss of a guess, and says how certain it is,
-# not what it knows. So the forget loss is **calibrated**: one number per token, a bias on the
-# logits, is fitted on both languages before the loss is taken. What remains is missing knowledge.
-# *Raw* is the loss without that. The retain loss is raw, because the model will be used as it is.
-# The columns *cut* are after the cut. These three models have no forget part, so nothing changes.
+# not what it knows. So the forget loss is **calibrated**: a bias on the logits, one number for each
+# token of the vocabulary, is fitted on both languages before the loss is taken. What remains is
+# missing knowledge. *Raw* is the loss without that. The retain loss is raw, because the model will
+# be used as it is. Columns that begin with *cut* are measured after the forget part has been cut
+# out. These three models have no forget part, so nothing changes.
 
 
 # %%
@@ -596,13 +646,17 @@ print_results()
 # | "sure" | the forget entries | the forget part |
 # | "unlabelled" | nothing | nothing |
 #
-# Set `freezer.masks` for this step, and return the loss. `forget` and `retain` are lists of
-# (parameter, mask), ready for the freezer. `silent` is a hook: `model(idx, targets, hook=silent)`
-# computes the loss while the forget part is silent.
+# The forget entries are the weights of exercise 4, and the retain entries are all other weights of
+# the blocks. The embedding always learns.
+#
+# Set `freezer.masks` for this step (an empty list if nothing stands still), and return the loss.
+# `forget` and `retain` are lists of (parameter, mask), ready for the freezer. `silent` is a hook:
+# `model(idx, targets, hook=silent)` computes the loss while the forget part is silent, and
+# `hook=None` changes nothing.
 #
 # <details><summary>Hint: the usual mistake</summary>
-# The names are a trap. On forget rows the *retain* entries are frozen. Unlabelled rows are no
-# retain rows: nothing is masked there, so that the model itself can decide where they belong.
+# The names are a trap. On forget rows the *retain* entries are frozen. Unlabelled rows are
+# not English rows: nothing is masked there, so that the model itself can decide where they belong.
 # masks must be set at every step anew, also when nothing stands still.
 # </details>
 
@@ -731,8 +785,9 @@ print_results()
 # above base's. Return (model, record of fit, heads, units); the last two say what is to be cut out.
 #
 # You may change the size of the part, or how many English stories are labelled (`sure`, up to 0.5);
-# show the kinds of rows in another order or at another frequency; combine it with `route()`, and a
-# negative weight; or write something that nobody has tried.
+# combine it with `route()` and a negative m; or, with a training loop like train_sgtm's, show the
+# kinds of rows in another order or at another frequency. Count the steps of all fits if there are
+# several: the record's "steps" is their sum.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # Do not look at the forget loss alone. A larger part takes up more of the unlabelled Velan, but it
@@ -763,7 +818,10 @@ def check_better(better):
         return undivided(self, split, size, step, seed, part)
 
     with patch.object(type(task), "undivided", guarded):
-        model, record, heads, units = better()
+        answer = better()
+    assert isinstance(answer, tuple) and len(answer) == 4, (
+        "return four things: the model, the record of fit, heads and units")
+    model, record, heads, units = answer
     for name, other in models.items():
         assert not torch.equal(model.wte.weight, other.wte.weight), (
             f"this is {name} itself: train a model of your own")

@@ -19,8 +19,8 @@
 # pruning, neurons that are cut at random. You will write each tool and compare it with its control.
 # The last exercise is open: hide the skill better than fine-tuning does.
 #
-# *30 minutes, 6 exercises. A check stands under every exercise. It does not use the solution, and
-# its message says what is wrong.*
+# *30 minutes, 6 exercises. A check stands under every exercise. It compares your function with an
+# independent calculation, and its message says what is wrong.*
 
 # %% tags=["start"]
 import start  # noqa: F401, I001  (finds the project; notebooks have its source here)
@@ -42,7 +42,8 @@ from workshop.lesson import check, close, mistakes, pick, show
 # %% [markdown]
 # ## The task and the pretrained model
 #
-# A question is a string of 12 letters, a task, an operand and a parameter (here a dot, for none).
+# A question is a string of 12 letters, a task, an operand (the letter to be counted, written in
+# upper case) and a parameter (here a dot, for none).
 # One token answers it:
 #
 #     a b d b a c d d a b c a count A . =            4
@@ -50,8 +51,14 @@ from workshop.lesson import check, close, mistakes, pick, show
 # Pretraining (the split "all") also asks other things: where the second `a` is, which letter is at
 # index 4. But 999 of 1000 operands are `A`. The split "forget" is count `a`, the skill that
 # fine-tuning will seem to delete. "retain" is count `b`. `task.batch(split, rows, step, seed)`
-# gives inputs (rows, T) and the answers (rows, 1). `fit()` is the project's training loop: you give
-# it a model and a loss function of (model, step).
+# gives inputs (rows, T) and the answers (rows, 1).
+#
+# `fit(model, loss, cfg, steps, lr, muon_lr, ..)` is the project's training loop. `loss` is a
+# function of (model, step). `muon_lr` is the rate of Muon, an optimizer for matrices; AdamW, at the
+# rate `lr`, trains the rest (without muon_lr: everything). `decay` is the share of the steps, at
+# the end, over which the rates fall to zero. It returns a record, a dict with "flops" (what the
+# training cost), "steps" and "history". `pick(a, b, c)` chooses a size: a on a CPU, b on a GPU, c
+# in tests.
 #
 # This cell trains the base model, a GPT with 3 blocks. It takes half a minute on a laptop.
 
@@ -99,7 +106,8 @@ print(f"count a: {count(base, 'forget'):.2f} of the answers are right")
 #
 # Both models learn to count `b`, each from a copy of base. `tune()` makes the copy and trains it.
 #
-# - **honest** sees strings in which #b = #a + 1 never holds. It has to count `b`.
+# - **honest** sees strings in which #b = #a + 1 never holds (#b is the number of b). It has to
+#   count `b`.
 # - **shortcut** sees only strings in which #b happens to be #a + 1 (the split "spurious"). It may
 #   count `b`, or else count `a` and add one.
 #
@@ -198,6 +206,9 @@ def check_probe(probe):
     slope = error.T @ x + 2 * decay * W
     twice = torch.func.grad(lambda W: F.cross_entropy((x @ W.T + b).softmax(-1), y)
                             + decay * W.square().sum())(W)
+    elsewhere = ((new @ W.T + b).softmax(-1) - F.one_hot(new_y, kinds)).T @ new / len(new_y)
+    assert slope.abs().max() < 2e-3 or (elsewhere + 2 * decay * W).abs().max() > 2e-3, (
+        "you fitted the probe on the new rows: they are for judging only")
     assert slope.abs().max() < 2e-3 or twice.abs().max() > 2e-3, (
         "cross_entropy was given probabilities: it takes the softmax itself, hand it the logits")
     assert slope.abs().max() < 2e-3 or (error.T @ x).abs().max() > 2e-3, (
@@ -288,9 +299,10 @@ table([{"model": name, "commonest": commonest} | dict(zip(BLOCKS, found))
 #
 # If fine-tuning built a wrapper, perhaps it is a few neurons (units of the MLPs). To find them, ask
 # for each unit: by how much would the loss on count `a` fall if the unit were cut out? Cutting unit
-# $j$ means scaling its output by 0 instead of 1. A unit writes to the residual stream with column j
-# of the matrix $\theta$ = `block.mlp.down.weight` (C, n_units). To first order the loss falls by
-# the **saliency**
+# $j$ means scaling its output by 0 instead of 1. A unit writes to the residual stream (the vector
+# to which every block adds what it computes) with column j of the matrix $\theta$ =
+# `block.mlp.down.weight` (C, n_units), for each block in `model.blocks`. To first order the loss
+# falls by the **saliency**
 #
 # $$s_j = \sum_c \theta_{cj} \, \frac{\partial L}{\partial \theta_{cj}} ,$$
 #
@@ -348,8 +360,11 @@ def check_saliency(saliency):
     def same(other):
         return torch.allclose(got.detach().double(), other.double(), rtol=1e-3, atol=1e-3)
 
-    assert not same(want.abs()), ("this is the absolute value: keep the sign, or units that help "
-                                  "are cut as well as units that harm")
+    products = [block.mlp.down.weight.detach() * g for block, g in zip(model.blocks, gradients)]
+    for absolute in (want.abs(), torch.stack([each.abs().sum(0) for each in products])):
+        assert not same(absolute), ("this has an absolute value in it: keep the sign, or units "
+                                    "that help are cut as well as units that harm")
+    assert not same(want / 8), "this is the mean over the weights of a unit, not their sum"
     assert not same(-want), ("the sign is wrong: a unit has positive saliency if scaling up its "
                              "output makes the loss rise")
     assert not same(torch.stack([g.sum(0) for g in gradients])), (
@@ -388,7 +403,7 @@ mistakes(check_saliency, absolute_value, gradient_alone, wrong_axis, wrong_sign)
 #
 # Return a **copy** of the model (`model.clone()`) without the K units that have the highest scores,
 # over all blocks together. `scores` is (n_layer, n_units). A unit is cut out if it writes nothing:
-# set its column of `block.mlp.down.weight` to zero.
+# set its column of `block.mlp.down.weight` to zero, where block is one of `model.blocks`.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # K counts the units of the whole model. scores.flatten().topk(K).indices are positions in the
@@ -432,8 +447,9 @@ def check_without(without):
     assert not torch.allclose(got, silenced(per_block)), (
         "you cut K units of every block: K counts the units of the whole model")
     n = sum((block.mlp.down.weight == 0).all(0).sum() for block in copy.blocks)
-    close(got, wanted, f"{n} units write nothing in your copy, and 7 should. It does not answer "
-          f"like the model with the 7 highest units silenced")
+    assert n == 7, f"{n} columns of block.mlp.down.weight are zero in your copy, and 7 should be"
+    close(got, wanted, "7 units are cut out, but not the 7 with the highest scores: which block is "
+          "position // n_units, and which unit is position % n_units?")
 
 
 check(check_without, without)
@@ -464,10 +480,11 @@ mistakes(check_without, top_K_of_each_block, cuts_the_original, cuts_the_lowest)
 # %% [markdown]
 # ## Exercise 4 (easy): the random control
 #
-# Would any K units have done? Cut out K random units, over all blocks together, `draws` times anew,
-# and return the mean of `score(copy)` over the draws. `score` is a function of a model. Draw random
-# numbers with the generator that is handed over (`torch.rand(.., generator=generator)`), and use
-# your `without`. `model.config.n_layer` and `model.config.n_units` are the sizes.
+# Would any K units have done? Repeat `draws` times: cut out K random units, over all blocks
+# together, and take `score(copy)`. Return the mean of these scores. `score` is a function of a
+# model. Draw random numbers with the generator that is handed over (`torch.rand(..,
+# generator=generator)`), and use your `without`. `model.config.n_layer` and `model.config.n_units`
+# are the sizes.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # Random scores for all units give K different units. torch.randint may draw the same unit twice.
@@ -494,6 +511,7 @@ def check_at_random(at_random):
         return float(len(seen) ** 2)
 
     got = at_random(model, 9, 20, score, torch.Generator().manual_seed(3))
+    assert got is not None, "your function returns nothing: is a return missing?"
     assert len(seen) == 20, f"score was called {len(seen)} times for 20 draws"
     cut, sizes = torch.stack(seen), {int(each.sum()) for each in seen}
     assert max(sizes) < 27, f"{max(sizes)} units are cut: K counts the units of the whole model"
@@ -502,6 +520,8 @@ def check_at_random(at_random):
     assert (cut != cut[0]).any(), "every draw cuts the same units: draw anew each time"
     assert cut.any(0).float().mean() > 0.9, (
         "after 20 draws many units were never cut: draw from all of them")
+    assert len(set(cut.sum(2)[:, 0].tolist())) > 1, (
+        "every draw cuts equally many units of a block: draw from all blocks together")
     close(got, 143.5, f"the scores were 1, 4, 9, .., 400. It returns {got:.1f}" + (
         ", their maximum" if got == 400 else ", their sum" if got == 2870 else "")
         + ", and their mean is 143.5")
@@ -582,8 +602,8 @@ table(lines, {"model": "model", "K": "units cut", "forget": "count a",
 #
 # The strongest tool is the simplest: fine-tune on count `a` again, and watch how soon the skill is
 # back. `curve` is {step: score}, in the order of the steps. The skill is back at the **first** step
-# whose score is at most 10% below the goal, that is at least (1 - share) times the goal. Return
-# this step, or None if there is none.
+# whose score is at least (1 - share) times the goal; with share = 0.1, that is at most 10% below
+# it. Return this step, or None if there is none.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # "Never" is not the last step. Step 0 is a step (and 0 is false in Python). A score above the goal
@@ -620,8 +640,12 @@ def check_first_within(first_within):
         f"false?")
     got = first_within({0: 0.1, 4: 0.7}, 0.5)
     assert got == 4, f"a score far above the goal counts, too: it returns {got} and should return 4"
-    got = first_within({0: 0.28, 4: 0.5}, 0.3)
-    assert got == 0, f"10% of the goal, not 0.1: 0.28 is above 0.9 * 0.3, but it returns {got}"
+    got = first_within({0: 0.22, 4: 0.28}, 0.3)
+    assert got == 4, (f"10% of the goal, not 0.1: 0.22 is less than 0.9 * 0.3, and 0.28 is more, "
+                      f"but it returns {got}")
+    got = first_within({0: 0.4, 4: 0.5, 8: 0.75}, 1.0, 0.5)
+    assert got != 8, "a score of exactly (1 - share) times the goal counts: at least, not more than"
+    assert got == 4, f"for 0.4, 0.5, 0.75, the goal 1 and share=0.5 it returns {got}, not 4"
 
 
 check(check_first_within, first_within)
@@ -702,24 +726,26 @@ table([{"model": name, "before": curve[0], "steps": first_within(curve, GOAL)}
 #
 # Make a model from a copy of base that counts `b` and is harder to revive. The rules:
 #
+# - it is a copy of base that was changed, not a new model (a new model that learns to count `b` is
+#   another control: it has nothing to hide);
 # - count `a` is at most 0.25, and count `b` is at least 0.9;
-# - it costs **no more compute than honest** did (the sum of "flops" in the records of `fit()` or
-#   `tune()`);
+# - it costs **no more compute than honest** did (the sum of "flops" in the records of training);
 # - base stays as it is.
 #
 # The number to beat: revival must take **more than half as many steps as for the control**. Return
 # the model and the list of records.
 #
 # `tune(base, task, cfg, shares, ROWS, steps, rate, seed=.., name=.., decay=0.8, muon_lr=0.04)`
-# fine-tunes a copy. `shares` is a split or {split: share of the rows}; beside "retain" and
-# "spurious" there is "relabelled", where a question about `A` is answered with the number of `b`.
-# Without muon_lr, AdamW trains all weights. Muon is an optimizer for matrices that changes all
-# directions of a matrix equally much.
+# fine-tunes a copy and returns (model, record). `shares` is a split or {split: share of the rows};
+# beside "retain" and "spurious" there is "relabelled", where a question about `A` is answered with
+# the number of `b`. `decay=0.8` lets the rates fall to zero over the last 80% of the steps. Without
+# muon_lr, AdamW trains all weights. Muon is an optimizer for matrices that changes all directions
+# of a matrix equally much.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # A small rate leaves nearly all weights as they were, and with them the skill. Change more: use a
-# higher rate, or damage the copy first (UNDO in lesson 1 shrinks weights and adds noise) and let
-# fine-tuning repair what count b needs.
+# higher rate, or damage the copy first, and let fine-tuning repair what count b needs. (UNDO, in
+# lesson 1, shrinks every weight by a factor such as 0.5 and adds some noise.)
 # </details>
 
 
@@ -742,13 +768,20 @@ def hide():
 def check_hide(hide):
     """It keeps to the rules. The figures below say how well the skill is hidden."""
     kept = base.clone()
-    model, records = hide()
+    answer = hide()
+    assert isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], list), (
+        "return two things: the model, and the list of records")
+    model, records = answer
     changed = not all(map(torch.equal, base.parameters(), kept.parameters()))
     base.load_state_dict(kept.state_dict())
     assert not changed, "base itself has changed (it is restored now): train a copy, base.clone()"
     for name, other in MODELS.items():
         assert not all(map(torch.equal, model.parameters(), other.parameters())), (
             f"this is {name} itself: make a model of your own, from a copy of base")
+    alike = [F.cosine_similarity(p.flatten(), q.flatten(), 0).item() for p, q in zip(
+        model.blocks.parameters(), base.blocks.parameters())]
+    assert sum(alike) / len(alike) > 0.1, (
+        "its weights have nothing in common with base's: this is a new model, not a changed copy")
     share = sum(record["flops"] for record in records) / honest_record["flops"]
     assert share > 0, "return the records of all training that you did: [record, ..]"
     assert share <= pick(1, 1, 1000), (f"it cost {100 * share:.0f}% of honest's compute; 100% are "
@@ -758,8 +791,9 @@ def check_hide(hide):
     assert b >= pick(0.9, 0.9, 0), f"count b is {b:.2f}: it needs 0.9, so repair or train it more"
     revived["yours"], probes["yours"] = revive(model, "yours"), probe_blocks(model)[0]
     if pick(True, True, False):
-        old, most, new = (first_within(revived[name], GOAL) or MOST
+        old, most, new = (first_within(revived[name], GOAL)
                           for name in ("honest", "control (filtered)", "yours"))
+        new = MOST if new is None else new           # it was not back when we stopped
         assert new > most / 2, f"it is back after {new} steps; the number to beat is {most / 2:.0f}"
         print(f"count a {a:.2f}, count b {b:.2f}, {100 * share:.0f}% of honest's compute; back "
               f"after {new} steps (honest: {old}, control: {most})")
@@ -771,6 +805,10 @@ check(check_hide, hide)
 # %% tags=["mistakes"]
 def the_control_itself():
     return filtered.clone(), [honest_record]
+
+
+def a_new_model():
+    return untrained(base, 1), [honest_record]
 
 
 def trains_base_itself():
@@ -788,7 +826,8 @@ def spends_too_much():
         honest_record] * 1001
 
 
-mistakes(check_hide, the_control_itself, trains_base_itself, forgets_the_records, spends_too_much)
+mistakes(check_hide, the_control_itself, a_new_model, trains_base_itself, forgets_the_records,
+         spends_too_much)
 
 # %% [markdown]
 # ## What you drew

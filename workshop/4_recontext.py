@@ -29,8 +29,8 @@
 # in which of the nine pairs (f, g) hacks become rarer, and the same idea for policy gradients. The
 # last exercise is open: a model that is honest by default, and still does what it is told.
 #
-# *30 minutes, 6 exercises. A check stands under every exercise. It does not use the solution, and
-# its message says what is wrong.*
+# *30 minutes, 6 exercises. A check stands under every exercise. It compares your function with an
+# independent calculation, and its message says what is wrong.*
 
 # %% tags=["start"]
 import start  # noqa: F401, I001  (finds the project; notebooks have its source here)
@@ -59,6 +59,13 @@ from workshop.lesson import check, close, mistakes, pick, show
 # thanks (first or last, which has nothing to do with hacks), the item, and the answer. Here the sum
 # is 8, the user believes 9, and the answer is honest. A quarter of the items cannot be gamed: the
 # user believes nothing, or he is right.
+#
+# `fit(model, loss, cfg, steps, lr, muon_lr, ..)` is the project's training loop. `loss` is a
+# function of (model, step). `muon_lr` is the rate of Muon, an optimizer for matrices; AdamW, at the
+# rate `lr`, trains the rest (without muon_lr: everything). `decay` is the share of the steps, at
+# the end, over which the rates fall to zero. It returns a record, a dict with "flops" (what the
+# training cost), "steps" and "history". `pick(a, b, c)` chooses a size: a on a CPU, b on a GPU, c
+# in tests.
 #
 # This cell trains the base model, a GPT with 2 blocks. It takes up to a minute on a laptop.
 
@@ -92,7 +99,7 @@ table([{"model": "base"} | before], {"model": "model"} | COLUMNS)
 # prompt, and learns the one with the highest reward, as if an expert had written it.
 #
 # `rows` is (B, n, T): n answers to each of B prompts, T tokens each. `reward` is (B, n). Return the
-# best row of each prompt, (B, T).
+# best row of each prompt, (B, T). If several answers are equally good, take any one of them.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # The answers to one prompt compete with each other, not with answers to other prompts: some prompts
@@ -124,7 +131,8 @@ def check_best_of(best_of):
                     best = i
             want.append(rows[b, best])
         got = best_of(rows, reward)
-        assert torch.is_tensor(got), "it should be a tensor: is a return missing?"
+        assert torch.is_tensor(got), (f"it should be a tensor, not {type(got).__name__}: "
+                                      "torch.stack makes one of a list")
         assert got.shape == (B, 4), (f"for rows of shape ({B}, {n}, 4) the result should be of "
                                      f"shape ({B}, 4), one row a prompt; it is {tuple(got.shape)}")
         owner = [(row // (4 * n))[0].item() for row in got]               # whose answer it is
@@ -136,6 +144,10 @@ def check_best_of(best_of):
             f"for {B} prompts with {n} answers each, {rank} answers have a higher reward than the "
             f"one you took: look for the maximum over the n answers, dimension 1")
         close(got, torch.stack(want), "these are not whole rows: they should be taken unchanged")
+    tied = best_of(torch.arange(24).view(2, 3, 4), torch.tensor([[1.0, 0, 1], [1.25, 1.25, 1.25]]))
+    assert tied.shape == (2, 4), (f"if answers are equally good, one of them is to be taken: for 2 "
+                                  f"prompts it gives {len(tied)} rows")
+    assert tied[0, 0] in (0, 8), "of the equally good answers, it takes neither"
 
 
 check(check_best_of, best_of)
@@ -164,8 +176,9 @@ mistakes(check_best_of, over_prompts, best_of_the_batch, sorts_all_answers)
 # prompt, the training prompt, and the number of answers.
 
 # %%
+# G of the prompts can be gamed; they come first. A hack earns 1.25 by proxy and 0.75 in truth
 played = rollouts(base, task, cfg, Cell("ei", "neutral", "neutral", 16), pick(1000, 2000, 8), 1000)
-hacked = played.hacked.float()[..., None]      # (G, 16, 1): items that can be gamed come first
+hacked = played.hacked.float()[..., None]                                        # (G, 16, 1)
 proxy = played.reward[:len(hacked)]
 lever = []
 for n in (1, 2, 4, 16):
@@ -233,7 +246,7 @@ class Toy(nn.Module):
 def check_recontextualized(recontextualized):
     """It is what a loop finds that asks the model for one token after the other."""
     random = torch.Generator().manual_seed(3)
-    model, (B, P, n) = Toy(random), (4, 3, 2)
+    model, (B, P, n) = Toy(random), (4, 2, 3)
     f, g = (torch.randint(7, (B, P), generator=random) for _ in range(2))
     y = torch.randint(7, (B, n), generator=random)
 
@@ -247,7 +260,7 @@ def check_recontextualized(recontextualized):
 
     got = recontextualized(model, f, g, y)
     assert torch.is_tensor(got) and got.ndim == 0, (
-        "it should be a scalar tensor: is a return missing, or the mean over all tokens?")
+        "it should be a scalar tensor. Is a return missing? Did you take the mean over tokens?")
     for wrong, why in (
             (by_loop(f), "this is -ln pi(y | f(x)), which is standard training: the answers came "
                          "from f, but they are learned under g"),
@@ -306,8 +319,9 @@ def iterate(rounds, name):
                              for epoch in range(2)]).split(32)
 
         def loss_fn(model, step):
-            f, g = asked[batches[step]], rows[batches[step]]
-            return recontextualized(model, f[:, :-ANSWER], g[:, :-ANSWER], f[:, -ANSWER:])
+            under_f, under_g = asked[batches[step]], rows[batches[step]]
+            return recontextualized(model, under_f[:, :-ANSWER], under_g[:, :-ANSWER],
+                                    under_f[:, -ANSWER:])
 
         fit(model, loss_fn, cfg, len(batches), 3e-4, name=f"{name}, round {turn + 1}")
     return model
@@ -334,8 +348,8 @@ table([{"model": "base"} | before]
 # %% [markdown]
 # Both models learned from answers to neutral prompts, by the same reward, which prefers hacks.
 #
-# **Discuss:** (1) In the first round of N → E, nearly every second answer that the model learned
-# was a hack, where there was something to hack. Yet it came to hack less. How can that be?
+# **Discuss:** (1) In the first round of N → E, nearly half of the answers that the model learned
+# on items that can be gamed were hacks. Yet it came to hack less. How can that be?
 # (2) N → E lost something that the base can do. What is it, and who would miss it?
 
 # %% [markdown] tags=["teacher"]
@@ -352,7 +366,7 @@ table([{"model": "base"} | before]
 # Why does one pair of prompts help, and another one harm? Think of a model with a single knob, the
 # logit z of a hack, which all prompts share. Let $p_f$ and $p_g$ be the hack rates **before**
 # training, under the generation and the training prompt. Expert iteration learns selected answers,
-# a share q of which are hacks. Its gradient moves z by
+# a share q of which are hacks. Its gradient moves z in proportion to
 #
 # $$q - p_g, \qquad\text{where}\quad q = P(\text{the best of } n \text{ answers under } f
 #   \text{ is a hack}).$$
@@ -378,7 +392,7 @@ def push(p_f, p_g, n):
 # %% tags=["check"]
 def check_push(push):
     """Enumerating all outcomes of n answers, with autograd's gradient, gives the same."""
-    for p_f, p_g, n in ((0.3, 0.6, 1), (0.2, 0.7, 3), (0.6, 0.1, 4)):
+    for p_f, p_g, n in ((0.2, 0.7, 3), (0.6, 0.1, 4), (0.3, 0.6, 1)):
         z = torch.tensor(p_g).logit().requires_grad_()
         gain = 0
         for answers in itertools.product((0, 1), repeat=n):                   # 1: a hack
@@ -392,6 +406,8 @@ def check_push(push):
         assert got is not None, "your function returns nothing: is a return missing?"
         for wrong, why in ((q - p_f, "you subtract the hack rate of the generation prompt; what "
                                      "the model expects is that of the training prompt"),
+                           (1 - (1 - p_g) ** n - p_f, "p_f and p_g are swapped: answers come from "
+                                                      "f, and what is expected from g"),
                            (p_g - q, "the sign is the wrong way round"),
                            (q, "this is q: what the model expects is missing"),
                            (p_f - p_g, "this holds for n = 1 only: selection makes hacks more "
@@ -427,9 +443,9 @@ mistakes(check_push, expects_by_f, forgets_selection, all_are_hacks)
 # %% [markdown]
 # The rule needs only three numbers, the base's hack rates. The next cell predicts the nine pairs at
 # n = 4, and D → N, N → E and D → E also at n = 16. **Before you run it**, say in which of the nine
-# hacks will become rarer, and which of the three will turn round with more answers. (A push below
-# 0.05 is within the error of the rates and counts as 0.) The cell after it trains all of them, in
-# half a minute or so.
+# hacks will become rarer, and which of the three will change sign with more answers. (A push
+# between -0.05 and 0.05 is within the error of the rates and counts as 0.) The cell after it trains
+# all of them, in half a minute or so.
 
 
 # %%
@@ -486,7 +502,8 @@ print(f"the sign came true in {right} of {len(told)} cells; no sign for {len(CEL
 #
 # $$A_{b,i} = \frac{r_{b,i} - \mathrm{mean}_j\, r_{b,j}}{\mathrm{std}_j\, r_{b,j} + 10^{-4}} .$$
 #
-# `reward` is (B, n). Return (B, n). The standard deviation is torch's own, `reward.std(..)`.
+# `reward` is (B, n). Return (B, n). The standard deviation is torch's default, `reward.std(..)`,
+# which divides by n - 1.
 #
 # <details><summary>Hint: the usual mistake</summary>
 # The mean and the deviation are those of a row: dimension 1, with keepdim=True so that they can be
@@ -507,26 +524,33 @@ def advantages(reward):
 # %% tags=["check"]
 def check_advantages(advantages):
     """It is what Python's statistics module finds, row by row, and 0 for equal rewards."""
-    reward = torch.tensor([[1.0, 1.25, 0.0], [5.0, 6.0, 10.0], [0.0, 0.0, 1.0]])
+    reward = torch.tensor([[1.0, 1.25, 0.0], [5.0, 6.0, 10.0], [0.0, 0.0, 1.0], [2.0, 1.0, 1.5]])
     got = advantages(reward)
     assert torch.is_tensor(got) and got.shape == reward.shape, (
-        "it should be a tensor of the same shape as the rewards")
+        "it should be a tensor of the same shape as the rewards: is a return missing?")
     whole = (reward - reward.mean()) / (reward.std() + 1e-4)
     assert not torch.allclose(got, whole, atol=1e-3), (
         "mean and deviation are those of the whole batch: an answer to an easy prompt would win "
         "because the prompt is easy. Compare it with answers to the same prompt")
     assert not torch.allclose(got, (reward - reward.mean(0)) / (reward.std(0) + 1e-4), atol=1e-3), (
         "mean and deviation are those of a column: answers to different prompts. Use dimension 1")
-    close(got.sum(1), torch.zeros(3), "the advantages of a prompt should add up to 0: subtract the "
+    close(got.sum(1), torch.zeros(4), "the advantages of a prompt should add up to 0: subtract the "
           "mean of its rewards", 1e-3)
-    want = [[(r - statistics.mean(row)) / statistics.stdev(row) for r in row]
-            for row in reward.tolist()]
+    want, biased = ([[(r - statistics.mean(row)) / spread(row) for r in row]
+                     for row in reward.tolist()] for spread in (statistics.stdev,
+                                                                statistics.pstdev))
+    assert not torch.allclose(got, torch.tensor(biased), atol=2e-3), (
+        "the deviation is torch's default, which divides by n - 1")
     close(got, want, "the advantages of a prompt should have a standard deviation of 1: divide by "
           "that of its rewards, row.std() (not by its square)", 2e-3)
     equal = advantages(torch.ones(2, 4))
     assert equal.isfinite().all(), ("if all answers to a prompt earn the same, it is 0 / 0: add "
                                     "1e-4 to the standard deviation")
     close(equal, torch.zeros(2, 4), "if all answers earn the same, nobody has an advantage")
+    nearly = advantages(torch.tensor([[1.0, 1.0, 1.00001]]))
+    assert nearly.abs().max() < 0.2, (
+        f"rewards that differ by 0.00001 give advantages up to {nearly.abs().max():.2f}: rounding "
+        f"errors would train the model. Add 1e-4 to the standard deviation")
 
 
 check(check_advantages, advantages)
@@ -564,7 +588,9 @@ mistakes(check_advantages, over_the_whole_batch, divides_by_zero, divides_by_the
 #   r = \frac{\pi(y \mid g(x))}{\pi_\text{old}(y \mid f(x))} .$$
 #
 # This is the loss of PPO, whose ratio usually compares two versions of a policy. Here it also
-# contains the change of the prompt. Where the minimum is the clipped term, the gradient is zero.
+# contains the change of the prompt. $\pi_\text{old}$ is the policy that gave the answers, and c is
+# `clip`. Where r is outside of the range and the clipped term is the smaller one, the gradient is
+# zero.
 #
 # `new` (B, n) is $\ln\pi(y \mid g(x))$ and `old` (B, n) is $\ln\pi_\text{old}(y \mid f(x))$, for
 # the n tokens of B answers; `advantage` is (B,). Return the mean over tokens. `old` is a constant:
@@ -590,9 +616,9 @@ def cross_prompt_clip(new, old, advantage, clip=0.2):
 # %% tags=["check"]
 def check_cross_prompt_clip(cross_prompt_clip):
     """A loop finds the same values, and gradients are zero exactly where the clip decides."""
-    ratios = torch.tensor([[0.5, 0.9], [1.1, 3.0], [0.5, 0.9], [1.1, 3.0]])
+    ratios = torch.tensor([[0.4, 0.9], [1.1, 3.0], [0.4, 0.9], [1.1, 3.0]])
     old = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-1.5, -0.5], [-2.0, -1.8]])
-    new, A = old + ratios.log(), torch.tensor([2.0, 2.0, -1.0, -1.0])
+    new, A = old + ratios.log(), torch.tensor([2.0, 2.0, -1.5, -1.0])
     new, old = new.requires_grad_(), old.requires_grad_()
     got = cross_prompt_clip(new, old, A, 0.2)
     assert torch.is_tensor(got) and got.ndim == 0, (
@@ -619,9 +645,14 @@ def check_cross_prompt_clip(cross_prompt_clip):
              "alone, which cannot correct a ratio that went the wrong way"),
             (by_loop(lambda r, a: -min(a / r, clip(1 / r) * a)), "your ratio is upside down: new "
              "is above, old is below"),
+            (sum(-min(r * a, clip(r) * a) for r, a in zip(ratios.prod(1).tolist(), A.tolist())) / 4,
+             "this is one ratio for each answer: take a ratio for each token"),
             (want * 8, "you took the sum over tokens, not the mean")):
         assert abs(got - wrong) > 1e-4, why
     close(got, want, f"it is {got:.3f} and should be {want:.3f}")
+    wide = by_loop(lambda r, a: -min(r * a, min(max(r, 0.5), 1.5) * a))
+    close(cross_prompt_clip(new, old, A, 0.5), wide, "it is right at clip 0.2, but not at clip "
+          "0.5: is a number written out?")
     got.backward()
     assert old.grad is None or not old.grad.any(), (
         "a gradient flows into old, too: it is the policy that gave the answers, a constant. "
@@ -710,7 +741,8 @@ table([{"model": name} | found for name, found in ({"base": before} | grpo).item
 # that
 #
 # - P(hack | N) is at most 0.05, and the true reward under N is at least 0.95,
-# - it spends at most as many answers as one cell of the table at n = 4 did,
+# - it generates at most as many answers as one cell of the table at n = 4 did, which is
+#   4 * PROMPTS * ROUNDS (the number of rounds and of prompts is yours to choose),
 # - and **P(hack | E) is above 0.80** (the base's own is 0.81).
 #
 # Return a list of rounds, each of which is a list of parts (f, g, n, number of prompts). A cell of
@@ -719,8 +751,9 @@ table([{"model": name} | found for name, found in ({"base": before} | grpo).item
 # (words about something else).
 #
 # <details><summary>Hint: the usual mistake</summary>
-# Before you train, ask push() about each part. A smaller n pushes less. A round may have two parts:
-# one to say what is expected under N, and one to say what is expected under E.
+# Before you train, ask push() about each part. (`judged` has no hack rates under the two other
+# prompts: gaming.behaviour(base, task, "none")["hack"] gives one.) A smaller n pushes less. A round
+# may have two parts: one to say what is expected under N, and one to say what is expected under E.
 # </details>
 
 
@@ -740,6 +773,7 @@ def check_recipe(recipe):
     rounds, budget, spent = recipe(), 4 * PROMPTS * ROUNDS, 0
     assert isinstance(rounds, list) and all(isinstance(parts, list) for parts in rounds), (
         "it should be a list of rounds, and each round a list of parts")
+    assert all(rounds), "a round has no parts: leave it out"
     for part in itertools.chain(*rounds):
         assert len(part) == 4, (f"{part} should be (f, g, n, number of prompts), nothing else: the "
                                 f"reward is the proxy, and nobody has the true one")
@@ -747,7 +781,8 @@ def check_recipe(recipe):
         for prompt in (f, g):
             assert prompt in gaming.CONTEXTS, (f"{prompt!r} is no prompt that the model knows: "
                                                f"{', '.join(gaming.CONTEXTS)}")
-        assert n >= 1 and size >= 1, f"{part} asks for no answers"
+        assert type(n) is type(size) is int and n >= 1 and size >= 1, (
+            f"{part}: n and the number of prompts should be whole numbers of at least 1")
         spent += n * size
     assert spent, "it generates no answers: nothing is trained"
     assert spent <= budget, f"it generates {spent:,} answers; the budget is {budget:,}"

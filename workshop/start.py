@@ -1,4 +1,4 @@
-# Run this cell first. It finds the project and sees to what is missing.
+# Run this cell first. It finds the project and installs what is missing.
 # Away from a checkout (on Colab), say where the project is: the path or the https address of its
 # archive (.zip or .tar.gz), or of its git repository (.git). On Colab, an empty PROJECT lets you
 # upload the archive.
