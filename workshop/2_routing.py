@@ -24,7 +24,7 @@
 import start  # noqa: F401, I001  (finds the project; notebooks have its source here)
 
 # %%
-import engine.start  # noqa: F401
+import engine.start  # noqa: F401  (before torch is loaded)
 
 import random
 from types import SimpleNamespace
