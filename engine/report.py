@@ -137,13 +137,13 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
 def picture(name, cfg, draw, *given, panels=None, above=0, quiet=False):
     """Saves OUT/TASK/NAME.png, which draw(ax, *given) draws; draw(axes, *given) on several panels.
     Where that cannot be (no matplotlib, a full disk, anything else), one line says so: the rows
-    are there.
+    are there. Returns the picture's path, or None where there is none.
 
     above   how many narrow panels stand in a row over the others (see draw_stories). They are the
             last of the axes
     """
     if RANK:
-        return
+        return None
     os.environ["MPLBACKEND"] = "agg"                  # Colab sets a backend that may be missing
     try:
         import matplotlib
@@ -164,10 +164,12 @@ def picture(name, cfg, draw, *given, panels=None, above=0, quiet=False):
         write(path, image.getvalue())
         said = str(path)
     except Exception as error:
+        path = None
         said = "none, " + ("pip install matplotlib draws it" if isinstance(error, ImportError) else
                            f"{type(error).__name__}: {error}".partition("\n")[0])
     if not quiet:
         print(f"picture: {said}")
+    return path
 
 
 # --- pictures that several stories draw ----------------------------------------------------------

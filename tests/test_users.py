@@ -91,7 +91,9 @@ def test_pictures_that_cannot_be(fault, tmp_path, monkeypatch, capsys):
         (tmp_path / cfg.task / "story.png").mkdir()
     if fault == "importing":
         monkeypatch.setattr(matplotlib, "rc_context", lambda *_: [][0])
-    picture("story", cfg, lambda ax: ax.plot([1, 2], [1, 2] if fault != "drawing" else [1, 2, 3]))
+    path = picture("story", cfg, lambda ax: ax.plot([1, 2],
+                                                    [1, 2] if fault != "drawing" else [1, 2, 3]))
+    assert path is None, "a notebook would show the picture of an earlier run"
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert len(lines) == 2 and lines[1].startswith("picture: none, ") and not err, out

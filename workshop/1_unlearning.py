@@ -132,9 +132,9 @@ def check_uniform_kl(uniform_kl):
     assert torch.is_tensor(got) and got.requires_grad, (
         "no gradient reaches the logits: is there a detach(), or an item()?")
     assert abs(got + want) > 1e-3, "the sign is the other way round"
-    close(got * 0 + (kl_divergence(p, u).sum() - got).abs().clamp(max=1), 1.0,
-          "this is KL(p || u), the other way round: average the logarithms with equal weights")
-    close(got * 5, want * 5, f"for random logits it is {got:.3f} and should be {want:.3f}" + (
+    assert abs(got - kl_divergence(p, u).sum()) > 1e-3, (
+        "this is KL(p || u), the other way round: average the logarithms with equal weights")
+    close(got, want, f"for random logits it is {got:.3f} and should be {want:.3f}" + (
         ": you took the mean over rows, not the sum" if abs(got * 5 - want) < 1e-3 else ""))
 
 
@@ -159,8 +159,7 @@ def mean_over_rows(logits):
     return (-math.log(logits.size(-1)) - logits.log_softmax(-1).mean(-1)).mean()
 
 
-mistakes(check_uniform_kl, without_ln_V, other_direction, mean_over_rows,
-         has_no_gradient)
+mistakes(check_uniform_kl, without_ln_V, other_direction, mean_over_rows, has_no_gradient)
 
 # %% [markdown]
 # Your loss now makes the teacher. A second term holds on to the retain data. A model computes any

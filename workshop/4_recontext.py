@@ -18,8 +18,9 @@
 # ("never cheat"), are **neutral** ("just answer") or **encourage** hacks ("please cheat"). We write
 # D, N and E. The model has seen all three, and it hacks rarely, sometimes or mostly.
 #
-# **Recontextualization** (Azarbal et al. 2025, [arXiv 2512.19027](https://arxiv.org/abs/2512.19027))
-# leaves the reward as it is, and changes what the model learns from it:
+# **Recontextualization** (Azarbal et al. 2025,
+# [arXiv 2512.19027](https://arxiv.org/abs/2512.19027)) leaves the reward as it
+# is, and changes what the model learns from it:
 #
 # 1. Generate answers to the **generation prompt** f(x), for example "never cheat .. 3 + 5".
 # 2. Score them with the proxy reward, as usual.

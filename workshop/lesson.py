@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from engine.report import folder_of, picture
+from engine.report import picture
 
 SIZES = ("test", "cpu", "gpu")
 SIZE = os.environ.get("WORKSHOP_SIZE") or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -70,8 +70,7 @@ def close(got, want, message, within=1e-4):
 
 def show(name, cfg, draw, *given, **how):
     """Draws a picture (see engine.report.picture), saves it and, in a notebook, shows it."""
-    picture(name, cfg, draw, *given, **how)
-    path = folder_of(cfg) / f"{name}.png"
-    if "ipykernel" in sys.modules and path.exists():
+    path = picture(name, cfg, draw, *given, **how)
+    if path and "ipykernel" in sys.modules:
         from IPython.display import Image, display
         display(Image(str(path), width=900))

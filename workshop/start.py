@@ -13,40 +13,39 @@ import urllib.request
 from pathlib import Path
 
 
-def checkout_in(folders):
-    """The first of these folders that holds the project; None if none does."""
-    return next((f for f in folders if (f / "workshop").is_dir() and (f / "model.py").exists()),
-                None)
+def checkout():
+    """The project's folder, around this notebook or unpacked beside it; None if there is none."""
+    here = Path(globals().get("__file__", "notebook")).resolve()
+    beside = Path("nanoUnlearn").resolve()
+    return next((f for f in (*here.parents, beside, *beside.glob("*/"))
+                 if (f / "workshop").is_dir() and (f / "model.py").exists()), None)
 
 
 def fetch(project):
-    """The project's folder, after cloning it, or after unpacking its archive, to ./nanoUnlearn."""
+    """Clones the project, or unpacks its archive, to ./nanoUnlearn."""
     folder = Path("nanoUnlearn").resolve()
     if project.endswith(".git"):
         subprocess.run(["git", "clone", "--quiet", "--depth=1", project, folder], check=True)
-    else:
-        if "://" in project:
-            project = urllib.request.urlretrieve(project, project.rpartition("/")[2])[0]
-        shutil.unpack_archive(project, folder)
-    return checkout_in([folder, *folder.glob("*/")])
+        return
+    if "://" in project:
+        project = urllib.request.urlretrieve(project, project.rpartition("/")[2])[0]
+    shutil.unpack_archive(project, folder)
 
 
 def find():
-    here = Path(globals().get("__file__", "notebook")).resolve()
-    root = checkout_in([*here.parents, Path("nanoUnlearn").resolve(),
-                        *Path("nanoUnlearn").resolve().glob("*/")])
-    if root:
+    if root := checkout():
         return root
     project = PROJECT
     if not project and "google.colab" in sys.modules:
         from google.colab import files
         print("Choose the project's archive (.zip or .tar.gz):")
         project = next(iter(files.upload()), "")
-    root = fetch(project) if project else None
-    if not root:
-        raise FileNotFoundError("This notebook does not lie in a checkout of nanoUnlearn" + (
-            f", and {project} does not hold one" if project else ": set PROJECT, above"))
-    return root
+    if project:
+        fetch(project)
+    if root := checkout():
+        return root
+    raise FileNotFoundError("This notebook does not lie in a checkout of nanoUnlearn" + (
+        f", and {project} does not hold one" if project else ": set PROJECT, above"))
 
 
 ROOT = find()
