@@ -2,6 +2,7 @@
 
     python unlearn.py                              MaxEnt, then the relearning attack
     python unlearn.py --method=graddiff --lr=sweep
+    python unlearn.py --method=sam --around=npo    npo, made to forget in a flat place
     python unlearn.py --method=all                 every method in one table
 
 Every method suppresses the skill, but a few steps of relearning bring it back. This is the finding
@@ -11,6 +12,7 @@ import engine.start  # noqa: F401, I001  (before torch is loaded)
 
 import dataclasses
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,6 +44,12 @@ TUNED = {
     "graddiff": {"arithmetic": (40, 5e-4, 50.0, 32), "language": (40, 1e-3, 3.0, 32),
                  "tinystories": (120, 5e-4, 5.0, 16), "instruct": (40, 1e-3, 3.0, 32),
                  "pcfg": (40, 3e-4, 3.0, 64)},
+    "npo":      {"arithmetic": (80, 5e-4, 50.0, 32)},
+    "simnpo":   {"arithmetic": (80, 5e-4, 50.0, 32)},
+    "undial":   {"arithmetic": (80, 5e-4, 50.0, 32)},
+    "sam":      {"arithmetic": (80, 5e-4, 50.0, 32)},
+    "repnoise": {"arithmetic": (80, 1e-3, 20.0, 32)},
+    "tar":      {"arithmetic": (100, 5e-4, 50.0, 32)},
     "rmu":      {"arithmetic": (60, 1e-3, 1.0, 32), "language": (60, 1e-3, 1.0, 32),
                  "tinystories": (120, 1e-3, 50.0, 16), "instruct": (60, 1e-3, 1.0, 32),
                  "pcfg": (60, 1e-3, 1.0, 64)},
@@ -52,16 +60,22 @@ TUNED = {
                  "tinystories": (60, 1e-3, None, 16), "instruct": (60, 1e-3, None, 32),
                  "pcfg": (200, 3e-4, None, 128)}}
 ALIKE = {"bilingual": "tinystories", "gaming": "pcfg"}
-SETTINGS = {method: {task: dict(zip(METHOD_KNOBS, by_task[ALIKE.get(task, task)]))
-                     for task in (*by_task, *ALIKE)} for method, by_task in TUNED.items()}
+# What a method has besides, on every task.
+OWN = {"npo": dict(beta=0.1), "simnpo": dict(beta=2.5, gamma=0.0), "undial": dict(gamma=10.0),
+       "tar": dict(after="maxent")}
+SETTINGS = {method: {task: dict(zip(METHOD_KNOBS, by_task.get(ALIKE.get(task, task),
+                                                              by_task["arithmetic"])))
+                     | OWN.get(method, {}) for task in (*TUNED["maxent"], *ALIKE)}
+            for method, by_task in TUNED.items()}
 # Rates of fine-tuning that have names (large, medium, small), by task.
 RATES = {"pcfg": {"L": 1e-3, "M": 3e-4, "S": 1e-4}, "instruct": {"M": 1e-3}}
+NAMES = [*TUNED]
 
 
 @dataclass
 class Config(AfterBase):
     method: str = knob("maxent", "which loss, or all of them in one table",
-                       choices=["maxent", "graddiff", "rmu", "oracle", "finetune", "all"])
+                       choices=[*NAMES, "all"])
     steps: int | None = knob(None, "unlearning steps", 1)
     batch_size: int | None = knob(None, "rows in a batch, half forget and half retain", 2, 2**31)
     lr: float | str | None = knob(None, "AdamW's rate; L, M or S: the task's large, medium or "
@@ -69,12 +83,24 @@ class Config(AfterBase):
                                   "retain score within 2% of base's", 0, 1,
                                   ["sweep", "L", "M", "S"])
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
-    retain_weight: float | None = knob(None, "weight of the retain term, w in the losses", 0)
-    layer: int | None = knob(None, "rmu: block whose output is steered (auto: the middle one)", 1)
+    retain_weight: float | None = knob(None, "weight of the retain term, w", 0)
+    after: str | None = knob(None, "start from base unlearned by this method (tar: maxent)",
+                             choices=NAMES)
+    layer: int | None = knob(None, "rmu, tar: block whose output is steered, or kept (auto: the "
+                             "middle one)", 1)
+    steer: float = knob(4.0, "rmu: length of the steering vector, in units of the residual's", 0)
+    beta: float | None = knob(None, "npo, simnpo: b, how soon a forgotten row counts less", 1e-6)
+    gamma: float | None = knob(None, "simnpo: margin g; undial: how far the true token's logit is "
+                               "lowered")
+    around: str = knob("maxent", "sam: the method whose forget term is made flat",
+                       choices=[name for name in NAMES if name not in ("sam", "finetune")])
+    rho: float = knob(0.5, "sam: how far away the gradient is taken", 0)
+    mmd: float = knob(5.0, "repnoise: weight of the distance from noise, m", 0)
+    inner_steps: int = knob(8, "tar: steps of the simulated attack", 0, 1000)
+    inner_lrs: list[float] = knob([3e-4, 1e-3, 3e-3], "tar: its rates, in turns", 0, 1)
     mix: float = knob(0.0, "finetune: share of rows from the pretraining mix", 0, 0.9)
     c_tr: float = knob(0.0, "finetune on pcfg: share of the other rows in which the spurious rule "
                        "#b = #a + 1 holds", 0, 1)
-    steer: float = knob(4.0, "rmu: length of the steering vector, in units of the residual's", 0)
 
 
 def kl(teacher_logits, logits):
@@ -102,20 +128,64 @@ def imitate(model, teacher, idx, n=None):
     return model(idx, x, criterion)
 
 
-def graddiff(model, forget, retain, reference, cfg):
-    """Gradient difference: -CE(forget) + w CE(retain) (Liu et al. 2022; Lee et al. 2025, app.)."""
-    return -model(*forget) + cfg.retain_weight * model(*retain)
+# --- methods -------------------------------------------------------------------------------------
+# What each does to forget rows f, a function (model, f, reference, cfg, step) -> scalar to be
+# minimised. Rows are (inputs (B, T), targets); the reference is the model that unlearning starts
+# from. To it, w times a retain term is added: CE(r), the cross-entropy of retain rows r, unless
+# METHODS below names another. pi is the model and pi0 the reference.
+
+def graddiff(model, forget, reference, cfg, step):
+    """Gradient difference: -CE(f) (Liu et al. 2022; Lee et al. 2025, app.)."""
+    return -model(*forget)
 
 
-def maxent(model, forget, retain, reference, cfg):
-    """Maximum entropy: KL(uniform || p) on forget tokens + w CE(retain) (Lee et al. 2025, app.).
+def maxent(model, forget, reference, cfg, step):
+    """Maximum entropy: KL(uniform || pi) on forget tokens (Lee et al. 2025, app.).
 
-    KL(uniform || p) = -ln V - mean over the vocabulary of ln p.
+    KL(uniform || pi) = -ln V - mean over the vocabulary of ln pi.
     """
     def criterion(logits, _):
         return (-math.log(logits.size(-1)) - logits.log_softmax(-1).mean(-1)).sum()
 
-    return model(*forget, criterion) + cfg.retain_weight * model(*retain)
+    return model(*forget, criterion)
+
+
+def log_likelihood(model, idx, targets):
+    """(B,): log pi of each row, in nats, which is the *sum* over its targets."""
+    logits = model(idx)[:, -targets.size(1):].float()
+    return -F.cross_entropy(logits.mT, targets, reduction="none").sum(1)
+
+
+def npo(model, forget, reference, cfg, step):
+    """Negative preference optimization: -(2/b) log sigmoid(-b log(pi(f) / pi0(f))), where pi(f) is
+    the likelihood of a whole row and b is cfg.beta (Zhang et al. 2024, arXiv 2404.05868).
+
+    It is gradient ascent in which a row counts less the more it is forgotten. For b -> 0 all rows
+    count alike, and ascent never ends.
+    """
+    with torch.no_grad():
+        before = log_likelihood(reference, *forget)
+    ratio = log_likelihood(model, *forget) - before
+    return -2 / cfg.beta * F.logsigmoid(-cfg.beta * ratio).mean()
+
+
+def simnpo(model, forget, reference, cfg, step):
+    """Simple NPO: -(2/b) log sigmoid(-(b/T) log pi(f) - g), with b = cfg.beta and g = cfg.gamma
+    (Fan et al. 2024, arXiv 2410.07163). It needs no reference, and a row counts by its mean loss a
+    token, so that long rows count as much as short ones."""
+    per_token = log_likelihood(model, *forget) / forget[1].size(1)
+    return -2 / cfg.beta * F.logsigmoid(-cfg.beta * per_token - cfg.gamma).mean()
+
+
+def undial(model, forget, reference, cfg, step):
+    """Self-distillation with adjusted logits: KL(softmax(z0 - g onehot(target)) || pi), where z0
+    are the reference's logits and g is cfg.gamma (Dong et al. 2024, arXiv 2402.10052). Only the
+    true token is lowered; all others keep their order."""
+    idx, targets = forget
+    with torch.no_grad():
+        wanted = reference(idx)[:, -targets.size(1):].float()
+        wanted = wanted - cfg.gamma * F.one_hot(targets, wanted.size(-1))
+    return model(idx, wanted, lambda logits, wanted: kl(wanted, logits))
 
 
 @cache
@@ -125,38 +195,160 @@ def steering_vector(size, seed, device):
     return F.normalize(u, dim=0).to(device)
 
 
-def rmu(model, forget, retain, reference, cfg):
-    """Representation misdirection (Li et al. 2024): |h(forget) - c u|^2 + w |h(retain) - h0|^2.
-
-    h (B, T, C)   the residual after block cfg.layer; h0 is that of the base model
-    u             a fixed random unit vector
-    c             cfg.steer times the mean length of h0
-    Both terms are measured in units of h0's mean length.
-    """
+def in_the_middle(model, reference, rows, cfg):
+    """(h, h0, length): the residuals (B, T, C) of model and reference after block cfg.layer, and
+    h0's mean length."""
     layer = cfg.layer or (reference.config.n_layer + 1) // 2
-    u = steering_vector(reference.config.n_embd, cfg.seed, forget[0].device)
     with torch.no_grad():
-        h0 = reference(retain[0], residual=layer).float()
-        length = h0.norm(dim=-1).mean()
-    push = (model(forget[0], residual=layer).float() - cfg.steer * length * u) / length
-    stay = (model(retain[0], residual=layer).float() - h0) / length
-    return push.square().sum(-1).mean() + cfg.retain_weight * stay.square().sum(-1).mean()
+        h0 = reference(rows[0], residual=layer).float()
+    return model(rows[0], residual=layer).float(), h0, h0.norm(dim=-1).mean()
 
 
-def finetune(model, forget, retain, reference, cfg):
-    """CE(retain) alone: a skill that is not practised may fade. For cfg.mix and cfg.c_tr, see
-    retain_shares."""
+def rmu(model, forget, reference, cfg, step):
+    """Representation misdirection: |h - c u|^2 in units of h0's mean length, where u is a fixed
+    random unit vector and c is cfg.steer times that length (Li et al. 2024, arXiv 2403.03218)."""
+    h, _, length = in_the_middle(model, reference, forget, cfg)
+    u = steering_vector(h.size(-1), cfg.seed, h.device)
+    return (h / length - cfg.steer * u).square().sum(-1).mean()
+
+
+def stay(model, retain, reference, cfg):
+    """rmu's retain term: |h - h0|^2 in units of h0's mean length."""
+    h, h0, length = in_the_middle(model, reference, retain, cfg)
+    return ((h - h0) / length).square().sum(-1).mean()
+
+
+def mmd2(x, y):
+    """Squared maximum mean discrepancy of two samples (n, C), (m, C) under the Gaussian kernel
+    exp(-|a - b|^2 / s), where s is the median of |a - b|^2 between the two (Gretton et al. 2012).
+    """
+    def apart(a, b):
+        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+
+    def k(a, b):
+        return (-apart(a, b) / bandwidth).exp().mean()
+
+    with torch.autocast(x.device.type, enabled=False):     # differences of large numbers
+        bandwidth = apart(x.detach()[:64], y[:64]).median()
+        return k(x, x) + k(y, y) - 2 * k(x, y)
+
+
+def repnoise(model, forget, reference, cfg, step):
+    """Representation noising: m MMD^2 - log CE(f), where MMD^2, a mean over blocks, compares the
+    residuals of forget tokens with noise N(0, 1), and m is cfg.mmd (Rosati et al. 2024, arXiv
+    2405.14577). --mmd=0 leaves its ascent alone."""
+    blocks = []
+
+    def keep(site, i, h):
+        if site == "residual":
+            blocks.append(h)
+        return h
+
+    loss = -model(*forget, hook=keep).log()
+    if cfg.mmd:
+        generator = torch_stream("noise of repnoise", cfg.seed, step)
+        noise = torch.randn(blocks[0].flatten(0, 1).shape, generator=generator).to(loss.device)
+        loss = loss + cfg.mmd * sum(mmd2(h.flatten(0, 1).float(), noise)
+                                    for h in blocks) / len(blocks)
+    return loss
+
+
+# The next two take their gradient where the model is not.
+@contextmanager
+def excursion(model):
+    """Gives model's parameters, to be moved in place; at the end they are where they were."""
+    parameters = list(model.parameters())
+    here = [p.detach().clone() for p in parameters]
+    try:
+        yield parameters
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, here)
+
+
+def gradient(loss, parameters):
+    return torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+
+def with_gradient(value, parameters, gradients):
+    """A scalar that has this value and these gradients, however they were found."""
+    return value.detach() + sum(((p - p.detach()) * g).sum()
+                                for p, g in zip(parameters, gradients))
+
+
+def sam(model, forget, reference, cfg, step):
+    """Sharpness-aware minimisation of another method's L, that of cfg.around: the gradient of L at
+    theta + rho g / |g|, where g is its gradient at theta and rho is cfg.rho (Fan et al. 2025, arXiv
+    2502.05374). What is forgotten in a flat place should take longer to come back."""
+    term = METHODS[cfg.around][0]
+    with excursion(model) as parameters:
+        loss = term(model, forget, reference, cfg, step)
+        g = gradient(loss, parameters)
+        length = torch.stack(torch._foreach_norm(g)).norm().clamp(min=1e-12)
+        with torch.no_grad():
+            torch._foreach_add_(parameters, torch._foreach_mul(g, cfg.rho / length))
+        g = gradient(term(model, forget, reference, cfg, step), parameters)
+    return with_gradient(loss, parameters, g)
+
+
+def tar(model, forget, reference, cfg, step):
+    """Tamper-resistant: after an attack of cfg.inner_steps AdamW steps, the model should still be
+    as unsure as maxent wants it. The gradient of maxent's loss at the attacked weights, on other
+    forget rows, is taken for that at theta: first-order meta-learning (Tamirisa et al. 2024, arXiv
+    2408.00761). The attack's rate is one of cfg.inner_lrs, in turns.
+
+    forget holds inner_steps + 1 batches, mixed so that each has the same share of every split.
+    """
+    batches = [[x[i::cfg.inner_steps + 1] for x in forget] for i in range(cfg.inner_steps + 1)]
+    with excursion(model) as parameters:
+        attacker = torch.optim.AdamW(parameters, lr=cfg.inner_lrs[step % len(cfg.inner_lrs)],
+                                     betas=(0.9, 0.95), weight_decay=0.0)
+        for rows in batches[1:]:
+            for p, g in zip(parameters, gradient(model(*rows), parameters)):
+                p.grad = g
+            attacker.step()
+        attacker.zero_grad()
+        loss = maxent(model, batches[0], reference, cfg, step)
+        g = gradient(loss, parameters)
+    return with_gradient(loss, parameters, g)
+
+
+def near(model, retain, reference, cfg):
+    """tar's retain term: CE(r), and the residuals stay near those of the model it started from."""
+    return model(*retain) + stay(model, retain, reference, cfg)
+
+
+def oracle(model, forget, reference, cfg, step=0):
+    """KL(filtered || pi), on forget rows and as the retain term: the best that training on outputs
+    can do, a model that behaves as if it had never seen the data (Lee et al. 2025, section 3). Here
+    the reference is the filtered model."""
+    return imitate(model, reference, forget[0], forget[1].size(1))
+
+
+def finetune(model, forget, reference, cfg, step):
+    """Nothing, so that only the retain term trains: a skill that is not practised may fade. For
+    cfg.mix and cfg.c_tr, see retain_shares."""
+    return 0.0
+
+
+def practise(model, retain, reference, cfg):
+    """The usual retain term: CE(r)."""
     return model(*retain)
 
 
-def oracle(model, forget, retain, reference, cfg):
-    """KL(filtered || model) on the unlabelled mix. This is the best that training on outputs can
-    do: a model that behaves as if it had never seen the data (Lee et al. 2025, section 3).
-    """
-    return imitate(model, reference, torch.cat((forget[0], retain[0])), forget[1].size(1))
+KEEPS = {"rmu": stay, "tar": near, "oracle": oracle}
+METHODS = {f.__name__: (f, KEEPS.get(f.__name__, practise)) for f in (
+    maxent, graddiff, npo, simnpo, undial, rmu, sam, repnoise, tar, oracle, finetune)}
 
 
-LOSSES = {f.__name__: f for f in (maxent, graddiff, rmu, oracle, finetune)}
+def objective(model, forget, retain, reference, cfg, step=0):
+    """The loss of cfg.method: its forget term, and w times its retain term."""
+    forgets, keeps = METHODS[cfg.method]
+    if cfg.method == "sam":
+        keeps = METHODS[cfg.around][1]
+    w = 1.0 if cfg.retain_weight is None else cfg.retain_weight
+    return (forgets(model, forget, reference, cfg, step)
+            + w * keeps(model, retain, reference, cfg))
 
 
 def rate(cfg):
@@ -202,31 +394,60 @@ def sweep(cfg, task, base, attempt):
     return model, record | {"flops": sum(t[-1]["flops"] for t in tried)}
 
 
+# The knobs that a method's model depends on, besides those that all have.
+DEPENDS = {"rmu": ("layer", "steer"), "npo": ("beta",), "simnpo": ("beta", "gamma"),
+           "undial": ("gamma",), "sam": ("around", "rho"), "repnoise": ("mmd",),
+           "tar": ("layer", "inner_steps", "inner_lrs")}
+
+
+def depends(cfg):
+    """The names of the knobs that a model unlearned by cfg.method depends on."""
+    names = ["method", "steps", "lr", "batch_size", "seed", *DEPENDS.get(cfg.method, ())]
+    names += ["sweep"] * (cfg.lr == "sweep")
+    names += ["retain_weight"] * (cfg.method not in ("oracle", "finetune"))
+    return names + list(DEPENDS.get(cfg.around, ())) * (cfg.method == "sam")
+
+
 def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, folder=""):
     """(model, record) of base after cfg.method, read from disk or made. The oracle needs the
     filtered model.
 
     folder   where the model is kept among a seed's models, for example "labels-50/"
-    The record's FLOPs are those spent after pretraining base. The oracle's include the filtered
-    model's.
+    The record's FLOPs are those spent after pretraining base. Those of cfg.after are included, and
+    the oracle's include the filtered model's.
     """
     cfg = fill(cfg, SETTINGS.get(cfg.method, {}))
+    if cfg.method == "sam":
+        cfg = dataclasses.replace(cfg, **{k: v for k, v in OWN.get(cfg.around, {}).items()
+                                          if getattr(cfg, k) is None})
     if cfg.layer and cfg.layer > base.config.n_layer:
         raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
     cfg = dataclasses.replace(cfg, lr=rate(cfg))
+    before = 0
+    if cfg.after == cfg.method:
+        raise BadInput(f"--after={cfg.after}: the same as --method; give more --steps instead")
+    if cfg.after:
+        first = dataclasses.replace(cfg, method=cfg.after, after="", **dict.fromkeys(
+            (*METHOD_KNOBS, "beta", "gamma")))
+        base, base_record = unlearn(first, task, base, base_record, filtered, filtered_record,
+                                    folder)
+        before = base_record["flops"]
+    if cfg.method == "oracle":
+        before += filtered_record["flops"]
     reference = filtered if cfg.method == "oracle" else base
     half, shares = max(cfg.batch_size // 2, 1), retain_shares(cfg, task)
+    more = 1 + cfg.inner_steps * (cfg.method == "tar")          # batches of forget rows a step
     seed = seed_of(f"unlearn by {cfg.method}", cfg.seed)
 
     def loss_fn(model, step):
-        forget = task.batch("forget", half, step, seed)
+        forget = task.batch("forget", half * more, step, seed)
         retain = task.batch(shares, half, step, seed)
-        return LOSSES[cfg.method](model, forget, retain, reference, cfg)
+        return objective(model, forget, retain, reference, cfg, step)
 
     def attempt(lr, checkpoint=None):
         model = base.clone()
         record = fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
-                     tokens=2 * half * task.block_size, frozen=(reference,),
+                     tokens=(1 + more) * half * task.block_size, frozen=(reference,),
                      evaluate=lambda: task.score(model, part="val"), checkpoint=checkpoint)
         return model, record
 
@@ -235,20 +456,16 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
             model, record = sweep(cfg, task, base, attempt)
         else:
             model, record = attempt(cfg.lr, checkpoint)
-        if cfg.method == "oracle":
-            record["flops"] += filtered_record["flops"]
-        return model, record
+        return model, record | {"flops": record["flops"] + before}
 
-    used = ["method", "steps", "lr", "batch_size", "seed"]
-    used += ["sweep"] * (cfg.lr == "sweep") + ["layer", "steer"] * (cfg.method == "rmu")
-    used += ["retain_weight"] * (cfg.method in ("maxent", "graddiff", "rmu"))
-    made_with = {k: getattr(cfg, k) for k in used}
+    made_with = {k: getattr(cfg, k) for k in depends(cfg)}
     if set(shares) != {"retain"}:
         made_with["shares"] = shares
     made_with["base"] = identity(base_record["made_with"])
     if cfg.method == "oracle":
         made_with["filtered"] = identity(filtered_record["made_with"])
-    return obtain(folder + cfg.method, cfg, task, made_with, make)
+    name = cfg.method + (f"-after-{cfg.after}" if cfg.after else "")
+    return obtain(folder + name, cfg, task, made_with, make)
 
 
 def resolved(cfg, method):
@@ -258,15 +475,14 @@ def resolved(cfg, method):
 
 def main(cfg):
     task = open_task(cfg)
-    given = [resolved(cfg, m) for m in (LOSSES if cfg.method == "all" else [cfg.method])]
+    given = [resolved(cfg, m) for m in (NAMES if cfg.method == "all" else [cfg.method])]
     for each in given:                           # reports wrong input before anything is made
         rate(each)
         retain_shares(each, task)
     base, filtered = foundations(given[0], task)
     models = {"base": (*base, {}), "filtered": (*filtered, {})}
     for each in given:
-        knobs = {k: getattr(each, k) for k in ("steps", "lr", "batch_size", "retain_weight")
-                 if getattr(each, k) is not None}
+        knobs = {k: getattr(each, k) for k in METHOD_KNOBS if getattr(each, k) is not None}
         models[each.method] = (*unlearn(each, task, *base, *filtered), knobs)
     rows = []
     for name, (model, record, knobs) in models.items():

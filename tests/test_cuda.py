@@ -56,11 +56,12 @@ def computing_in(monkeypatch, dtype):
 
 def post_hoc(method):
     def made(task, model):
-        cfg = unlearn.Config(retain_weight=2.0, seed=3)
+        cfg = unlearn.Config(method=method, retain_weight=2.0, seed=3, beta=0.1, gamma=1.0,
+                             inner_steps=1)
         reference = lively(task, 1)
-        return lambda model, step: unlearn.LOSSES[method](
+        return lambda model, step: unlearn.objective(
             model, task.batch("forget", 8, step, 0), task.batch("retain", 8, step, 0), reference,
-            cfg)
+            cfg, step)
 
     return made
 
@@ -100,7 +101,7 @@ def clipped(task, model):
 
 
 TECHNIQUES = {"pretraining": pretraining, "imitate": imitating, "recontext": clipped} | {
-    name: post_hoc(name) for name in unlearn.LOSSES} | {
+    name: post_hoc(name) for name in unlearn.NAMES} | {
     name: routed(name) for name in ("era", "sgtm", "demix")}
 
 

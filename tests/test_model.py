@@ -175,8 +175,8 @@ class Widest(TorchDispatchMode):
 def losses(gpt, teacher, idx, targets):
     yield gpt(idx, targets)
     yield unlearn.imitate(gpt, teacher, idx)
-    yield unlearn.maxent(gpt, (idx, targets), (idx, targets), None,
-                         unlearn.Config(retain_weight=1.0))
+    yield unlearn.objective(gpt, (idx, targets), (idx, targets), None,
+                            unlearn.Config(retain_weight=1.0))
 
 
 @pytest.mark.parametrize("rows", [1, 10, 71])

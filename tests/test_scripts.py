@@ -154,7 +154,7 @@ def test_train_again(home):
     assert [row["model"] for row in home.rows("train")["rows"]] == ["filtered"]
 
 
-@pytest.mark.parametrize("method", list(unlearn.LOSSES))
+@pytest.mark.parametrize("method", unlearn.NAMES)
 def test_unlearn(method, home):
     status, out, err = home.call("unlearn", *UNLEARN, f"--method={method}")
     assert status == 0, err
@@ -178,7 +178,7 @@ def test_unlearn_by_all_methods(home):
     status, out, err = home.call("unlearn", *UNLEARN, "--method=all")
     assert status == 0, err
     saved = home.rows("unlearn")
-    assert [row["model"] for row in saved["rows"]] == ["base", "filtered", *unlearn.LOSSES]
+    assert [row["model"] for row in saved["rows"]] == ["base", "filtered", *unlearn.NAMES]
     for row in saved["rows"][2:]:
         assert row["lr"] == unlearn.SETTINGS[row["model"]]["arithmetic"]["lr"]
         assert row["model"] in out
@@ -338,7 +338,7 @@ def test_every_task_suits_every_script(name):
               (undo.SETTINGS, undo.Config, {"method", "alphas", *rates, "muon_lr", "check_every"}),
               (judges.TOOLS, judges.Config, {"probe_rows", "cut", "revive_lr", "revive_steps",
                                              "check_every"})]
-    needed += [(unlearn.SETTINGS[method], unlearn.Config, {*rates}) for method in unlearn.LOSSES]
+    needed += [(unlearn.SETTINGS[method], unlearn.Config, {*rates}) for method in unlearn.NAMES]
     on_disk = hasattr(data.module(name), "documents")          # else its words are given
     assert {"block_size"} | ({"vocab_size"} if on_disk else set()) <= set(
         data.module(name).SETTINGS[name])
