@@ -20,7 +20,7 @@ import torch
 import unlearn
 from data.tinystories import mention
 from engine.hardware import autocast
-from engine.knobs import knob
+from engine.knobs import BadInput, knob
 from engine.process import run
 from engine.report import (
     draw_relearning,
@@ -35,7 +35,16 @@ from engine.report import (
 )
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
-from eval import AfterBase, attacked, fill_attack, foundation, relearn, robustness
+from eval import (
+    AfterBase,
+    Tools,
+    attacked,
+    fill_attack,
+    foundation,
+    relearn,
+    robustness,
+    saliency,
+)
 from train import config_from, fill, fit, open_task, seeds
 from unlearn import imitate
 
@@ -46,10 +55,17 @@ class Config(AfterBase):
                                       "noise", 0, 1)
     beta: float | None = knob(None, "scale of the noise; 1 is Xavier's initialisation (0.1 in the "
                               "paper)", 0)
+    noise: str = knob("all", "what is damaged: all weights; the blocks and not the embedding; or a "
+                      "share alpha of the MLP units, which are replaced by noise: units, chosen at "
+                      "random, or saliency, those that matter most for forget data",
+                      choices=["all", "blocks", "units", "saliency"])
+    by_block: list[float] | None = knob(None, "factors of alpha, one for each block from the first "
+                                        "to the last (1,0.5,0); auto: 1", 0, 1)
+    rounds: int = knob(1, "how often a student is damaged and distilled", 1, 100)
     distil_on: str | None = knob(None, "the student's rows: all, the unlabelled mix, as in the "
                                  "paper; or those labelled retain", choices=["all", "retain"])
     method: str | None = knob(None, "the teacher's unlearning method",
-                              choices=["maxent", "graddiff", "rmu", "finetune"])
+                              choices=[name for name in unlearn.NAMES if name != "oracle"])
     unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
     steps: int | None = knob(None, "most distillation steps (distilled: --filtered_steps); the "
@@ -87,15 +103,42 @@ SETTINGS = {                                # what auto knobs stand for, by task
 def noise(model, alpha, beta, generator):
     """theta <- (1 - alpha) theta + alpha beta N, in place, for every parameter.
 
+    alpha    a number, or a list of one alpha for each parameter: a number or a tensor that
+             broadcasts to its shape
     N is Xavier-uniform for matrices, U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), and 0 for
     vectors (Lee et al. 2025, section 4). N must be independent of the model's initial weights. If
     the same generator had drawn both, N would be a multiple of the initial weights.
     """
-    for p in model.parameters():
+    parameters = list(model.parameters())
+    alphas = alpha if isinstance(alpha, list) else [alpha] * len(parameters)
+    for p, a in zip(parameters, alphas, strict=True):
         N = torch.zeros(p.shape)
         if p.ndim == 2:
             torch.nn.init.xavier_uniform_(N, generator=generator)
-        p.mul_(1 - alpha).add_(alpha * beta * N.to(p.device))
+        p.mul_(1 - a).add_(a * beta * N.to(p.device))
+
+
+def spread(alpha, cfg, task, model):
+    """alpha for each parameter of model, as noise() takes it, by cfg.noise and cfg.by_block."""
+    factors = cfg.by_block or [1.0] * model.config.n_layer
+    if len(factors) != model.config.n_layer:
+        raise BadInput(f"--by_block has {len(factors)} factors; the model has "
+                       f"{model.config.n_layer} blocks")
+    by_unit = cfg.noise in ("units", "saliency")
+    alphas = {id(model.wte.weight): alpha if cfg.noise == "all" else 0.0}
+    for block, factor in zip(model.blocks, factors):
+        alphas |= {id(p): 0.0 if by_unit else alpha * factor for p in block.parameters()}
+    if by_unit:
+        shape = (model.config.n_layer, model.config.n_units)
+        scores = (torch.rand(shape, generator=torch_stream("units to damage", cfg.seed))
+                  if cfg.noise == "units" else
+                  saliency(model, task, config_from(cfg, Tools, saliency="absolute")))
+        chosen = torch.zeros(shape)
+        chosen.view(-1)[scores.flatten().topk(round(alpha * scores.numel())).indices.cpu()] = 1
+        for block, factor, units in zip(model.blocks, factors, chosen.to(task.device)):
+            alphas[id(block.mlp.up.weight)] = factor * units[:, None]
+            alphas[id(block.mlp.down.weight)] = factor * units
+    return [alphas[id(p)] for p in model.parameters()]
 
 
 def distil(student, teacher, task, cfg, name, checkpoint=None):
@@ -127,25 +170,33 @@ def distil(student, teacher, task, cfg, name, checkpoint=None):
     return record
 
 
-def undo(alpha, cfg, task, teacher, teacher_record, folder=""):
+def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None):
     """(student, record) of UNDO at a noise level, read from disk or made.
 
     alpha    None means Unlearn-and-Distill: the student starts from a fresh initialisation
     folder   where the model is kept among a seed's models
-    The record's FLOPs are the teacher's plus the distillation's.
+    rounds   how often it is damaged and distilled (default: cfg.rounds); a round starts from the
+             student of the last one, and its teacher is the same
+    The record's FLOPs are the teacher's plus those of all distillation.
     """
-    name = "distilled" if alpha is None else f"undo-{alpha:g}"
+    rounds = 1 if alpha is None else rounds or cfg.rounds
+    name = "distilled" if alpha is None else f"undo-{alpha:g}" + (
+        f"-round{rounds}" if rounds < cfg.rounds else "")
+    start, record_before = teacher, teacher_record
     if alpha is None:                # a fresh student needs as many steps as pretraining
         cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
+    if rounds > 1:
+        start, record_before = undo(alpha, cfg, task, teacher, teacher_record, folder, rounds - 1)
 
     def make(checkpoint):
-        student = teacher.clone()
+        student = start.clone()
         if alpha is None:
             student.init_weights(torch_stream("weights", "distilled", cfg.seed))
         else:
-            noise(student, alpha, cfg.beta, torch_stream("noise", cfg.seed))
+            noise(student, spread(alpha, cfg, task, student), cfg.beta,
+                  torch_stream("noise", cfg.seed, *[rounds] * (rounds > 1)))
         record = distil(student, teacher, task, cfg, name, checkpoint)
-        record["flops"] += teacher_record["flops"]
+        record["flops"] += record_before["flops"]
         return student, record
 
     made_with = {k: getattr(cfg, k) for k in ("steps", "lr", "muon_lr", "batch_size", "tolerance",
@@ -153,6 +204,9 @@ def undo(alpha, cfg, task, teacher, teacher_record, folder=""):
     made_with |= {"alpha": alpha, "teacher": identity(teacher_record["made_with"])}
     if alpha is not None:
         made_with["beta"] = cfg.beta
+        made_with |= {"noise": cfg.noise} if cfg.noise != "all" else {}
+        made_with |= {"by_block": cfg.by_block} if cfg.by_block else {}
+        made_with |= {"rounds": rounds} if rounds > 1 else {}
     if cfg.distil_on != "all":
         made_with["distil_on"] = cfg.distil_on
     return obtain(folder + name, cfg, task, made_with, make)

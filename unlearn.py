@@ -84,7 +84,8 @@ class Config(AfterBase):
                                   ["sweep", "L", "M", "S"])
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
     retain_weight: float | None = knob(None, "weight of the retain term, w", 0)
-    after: str | None = knob(None, "start from base unlearned by this method (tar: maxent)",
+    after: str | None = knob(None, "start from base unlearned by this method (auto: none; tar: "
+                             "maxent)",
                              choices=NAMES)
     layer: int | None = knob(None, "rmu, tar: block whose output is steered, or kept (auto: the "
                              "middle one)", 1)
@@ -336,6 +337,7 @@ def practise(model, retain, reference, cfg):
     return model(*retain)
 
 
+UNWEIGHTED = "oracle", "finetune"                                  # their w is 1
 KEEPS = {"rmu": stay, "tar": near, "oracle": oracle}
 METHODS = {f.__name__: (f, KEEPS.get(f.__name__, practise)) for f in (
     maxent, graddiff, npo, simnpo, undial, rmu, sam, repnoise, tar, oracle, finetune)}
@@ -346,7 +348,7 @@ def objective(model, forget, retain, reference, cfg, step=0):
     forgets, keeps = METHODS[cfg.method]
     if cfg.method == "sam":
         keeps = METHODS[cfg.around][1]
-    w = 1.0 if cfg.retain_weight is None else cfg.retain_weight
+    w = 1.0 if cfg.method in UNWEIGHTED else cfg.retain_weight
     return (forgets(model, forget, reference, cfg, step)
             + w * keeps(model, retain, reference, cfg))
 
@@ -403,8 +405,8 @@ DEPENDS = {"rmu": ("layer", "steer"), "npo": ("beta",), "simnpo": ("beta", "gamm
 def depends(cfg):
     """The names of the knobs that a model unlearned by cfg.method depends on."""
     names = ["method", "steps", "lr", "batch_size", "seed", *DEPENDS.get(cfg.method, ())]
-    names += ["sweep"] * (cfg.lr == "sweep")
-    names += ["retain_weight"] * (cfg.method not in ("oracle", "finetune"))
+    names += ["sweep"] * (cfg.lr == "sweep") + ["after"] * bool(cfg.after)
+    names += ["retain_weight"] * (cfg.method not in UNWEIGHTED)
     return names + list(DEPENDS.get(cfg.around, ())) * (cfg.method == "sam")
 
 
@@ -414,7 +416,8 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
 
     folder   where the model is kept among a seed's models, for example "labels-50/"
     The record's FLOPs are those spent after pretraining base. Those of cfg.after are included, and
-    the oracle's include the filtered model's.
+    the oracle's include the filtered model's. A model of cfg.after is made with its own settings
+    and is kept as first-NAME.
     """
     cfg = fill(cfg, SETTINGS.get(cfg.method, {}))
     if cfg.method == "sam":
@@ -430,7 +433,7 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
         first = dataclasses.replace(cfg, method=cfg.after, after="", **dict.fromkeys(
             (*METHOD_KNOBS, "beta", "gamma")))
         base, base_record = unlearn(first, task, base, base_record, filtered, filtered_record,
-                                    folder)
+                                    folder + "first-")
         before = base_record["flops"]
     if cfg.method == "oracle":
         before += filtered_record["flops"]
@@ -464,8 +467,7 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
     made_with["base"] = identity(base_record["made_with"])
     if cfg.method == "oracle":
         made_with["filtered"] = identity(filtered_record["made_with"])
-    name = cfg.method + (f"-after-{cfg.after}" if cfg.after else "")
-    return obtain(folder + name, cfg, task, made_with, make)
+    return obtain(folder + cfg.method, cfg, task, made_with, make)
 
 
 def resolved(cfg, method):

@@ -258,14 +258,16 @@ def test_after(cfg, task, monkeypatch):
         *base)
     model, record = unlearn.unlearn(dataclasses.replace(cfg, method="npo", after="graddiff"),
                                     task, *base)
-    assert [name for name, *_ in seen] == ["graddiff"] * 3 + ["npo"] * 2
+    assert [name for name, *_ in seen] == ["graddiff"] * 6 + ["npo"] * 2
     assert same(seen[0][1], weights(base[0])) and same(seen[-1][1], weights(teacher))
     assert record["flops"] == paid["flops"] + record["history"][-1]["flops"]
     unlearn.unlearn(dataclasses.replace(cfg, method="tar", after="graddiff", inner_steps=3), task,
                     *base)
     assert seen[-1][2] == 4 * 4
     assert {p.stem for p in models_of(cfg).glob("*.pt")} == {
-        "graddiff", "npo-after-graddiff", "tar-after-graddiff"}
+        "graddiff", "first-graddiff", "npo", "tar"}
+    with pytest.raises(BadInput, match="npo.pt was made with base="):
+        unlearn.unlearn(dataclasses.replace(cfg, method="npo"), task, *base)
 
 
 def test_after_itself(cfg, task):

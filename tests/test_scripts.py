@@ -160,7 +160,7 @@ def test_unlearn(method, home):
     assert status == 0, err
     saved = home.rows("unlearn")
     assert [row["model"] for row in saved["rows"]] == ["base", "filtered", method] and finite(saved)
-    weighted = method in ("maxent", "graddiff", "rmu")
+    weighted = method not in unlearn.UNWEIGHTED
     knobs = {"steps", "lr", "batch_size"} | ({"retain_weight"} if weighted else set())
     for row in saved["rows"]:
         assert set(row) == FIGURES | ATTACKED | {"model", "flops"} | (

@@ -244,7 +244,7 @@ def test_every_method(method, cfg, task):
     again, checkpoint = unlearn.unlearn(cfg, task, *base, *filtered)
     assert same(weights(model), weights(again)) and checkpoint["flops"] == record["flops"]
     assert record["flops"] == paid + record["history"][-1]["flops"]
-    name = "maxent" if method == "tar" else method            # tar's teacher notices first
+    name = "first-maxent" if method == "tar" else method      # tar's teacher notices first
     with pytest.raises(BadInput, match=f"{name}.pt was made with base="):
         unlearn.unlearn(cfg, task, base[0], {"made_with": {"seed": 9}, "flops": 0}, *filtered)
 
@@ -345,6 +345,61 @@ def test_noise_at_its_ends():
     assert same(first, noised(0.5, 3, 0)) and not same(first, noised(0.5, 4, 0))
 
 
+def damaged(model, alpha, **knobs):
+    """model after UNDO's noise, and which of its weights are what they were."""
+    cfg = undo.Config(**knobs)
+    task = SimpleNamespace(device=torch.device("cpu"), batch=lambda *_: FORGET,
+                           undivided=lambda domain, *_: {"forget": FORGET}[domain])
+    before = weights(model)
+    undo.noise(model, undo.spread(alpha, cfg, task, model), 0.1, torch.Generator().manual_seed(0))
+    return {k: v == before[k] for k, v in model.state_dict().items()}, before
+
+
+def test_noise_in_the_blocks():
+    """The embedding stays. By block, alpha is multiplied by the block's factor."""
+    model = lively()
+    stayed, _ = damaged(model, 0.5, noise="blocks")
+    assert stayed["wte.weight"].all()
+    assert not any(v.any() for k, v in stayed.items() if k.startswith("blocks"))
+    model = lively()
+    stayed, before = damaged(model, 0.5, by_block=[0.0, 0.5])
+    assert not stayed["wte.weight"].any() and stayed["blocks.0.attn.qkv.weight"].all()
+    N = torch.zeros(48, 16)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():                             # noise is drawn for every parameter
+        N = torch.nn.init.xavier_uniform_(torch.zeros(p.shape), generator=generator)
+        if p is model.blocks[1].attn.qkv.weight:
+            break
+    torch.testing.assert_close(model.blocks[1].attn.qkv.weight.detach(),
+                               0.75 * before["blocks.1.attn.qkv.weight"] + 0.025 * N)
+    with pytest.raises(BadInput, match="--by_block has 3 factors; the model has 2 blocks"):
+        damaged(lively(), 0.5, by_block=[1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["units", "saliency"])
+def test_noise_in_some_units(kind):
+    """A share alpha of the MLP units is replaced by noise, all weights that read and write them,
+    and nothing else; either any units or those that matter most for forget rows."""
+    model = lively()
+    saliency = torch.zeros(2, 64)
+    batch = [FORGET[0], FORGET[1]]
+    for i, block in enumerate(model.blocks):
+        w = block.mlp.down.weight
+        g, = torch.autograd.grad(model(*batch), w)
+        saliency[i] = (w * g).sum(0).abs().detach()
+    stayed, before = damaged(model, 0.25, noise=kind)
+    gone = torch.zeros(2, 64, dtype=torch.bool)
+    for i in range(2):
+        up, down = (stayed[f"blocks.{i}.mlp.{name}.weight"] for name in ("up", "down"))
+        assert torch.equal(up.all(1), down.all(0)) and torch.equal(up.any(1), down.any(0))
+        gone[i] = ~up.any(1)
+        assert model.blocks[i].mlp.up.weight[gone[i]].abs().max() < 0.1 * (6 / 80) ** 0.5
+    assert gone.sum() == 32 and all(v.all() for k, v in stayed.items() if "mlp" not in k)
+    most = torch.zeros(128, dtype=torch.bool)
+    most[saliency.flatten().topk(32).indices] = True
+    assert torch.equal(gone.flatten(), most) == (kind == "saliency")
+
+
 # --- distillation --------------------------------------------------------------------------------
 def pupil(scores, higher=True):
     """A task whose student scores `scores` one after the other; the first is the teacher's. It
@@ -441,6 +496,24 @@ def test_undo(alpha, task, tmp_path, capsys, monkeypatch):
     if alpha is not None:
         with pytest.raises(BadInput, match="beta=0.1.*beta=0.2"):
             undo.undo(alpha, dataclasses.replace(cfg, beta=0.2), task, teacher, record)
+
+
+def test_undo_in_rounds(task, tmp_path, monkeypatch):
+    """The second round damages the first one's student, by noise of its own; both are paid for."""
+    teacher, record = small(task)
+    cfg = dataclasses.replace(DISTIL, out=str(tmp_path), steps=2, lr=0.0, muon_lr=0.0,
+                              check_every=1, rounds=2)
+    monkeypatch.setattr(task, "within", lambda *_: False)
+    student, got = undo.undo(0.5, cfg, task, teacher, record)
+    start = teacher.clone()
+    for stream in (("noise", cfg.seed), ("noise", cfg.seed, 2)):
+        undo.noise(start, 0.5, cfg.beta, torch_stream(*stream))
+    assert same(weights(student), weights(start))
+    assert got["flops"] == 2 * got["history"][-1]["flops"] + 1000
+    assert {p.stem for p in tmp_path.glob("**/*.pt")} == {"undo-0.5", "undo-0.5-round1"}
+    alone, _ = undo.undo(0.5, dataclasses.replace(cfg, rounds=1, out=str(tmp_path / "1")), task,
+                         teacher, record)
+    assert same(weights(alone), weights(undo.undo(0.5, cfg, task, teacher, record, rounds=1)[0]))
 
 
 # --- judges --------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_the_story_of_undo(watch):
     some, two = rows("retain", **VAL), rows(*BOTH) | rows(*BOTH, **VAL)
     for name, asked, others in zip(
             names, [rows("all") | some, rows("retain") | some, two, two] + 2 * [rows("all") | some],
-            ([], [], [], [filtered], [teacher], [teacher])):
+            ([], [], [], [filtered] * 2, [teacher], [teacher])):
         assert made[name].model is watch.models[name] and watch.of(made[name]) == asked, name
         assert made[name].others == others and all(m in made[name].frozen for m in others), name
     assert all(equal(made[name].start, weights(base)) for name in ("graddiff", "oracle"))
@@ -188,13 +188,16 @@ def test_spent_until_the_first_time(sign):
 
 @pytest.mark.parametrize("method, counts, others", [
     ("maxent", ["forget"], []), ("graddiff", ["forget"], []), ("finetune", ["retain"], []),
-    ("oracle", [*BOTH], ["filtered"]), ("rmu", [*BOTH], ["base"])])
+    ("oracle", [*BOTH], ["filtered"]), *((name, ["forget"], ["base"]) for name in (
+        "rmu", "undial", "tar")), *((name, ["forget"], []) for name in (
+            "simnpo", "sam", "repnoise"))])
 def test_rows_to_forget_go_to_the_forget_term(watch, monkeypatch, method, counts, others):
-    """Where the retain term weighs nothing, a loss is a function of the rows to forget alone (rmu
-    takes a length from the others, as base sees them); finetune's of those to retain. A sweep
+    """Where the retain term weighs nothing, a loss is a function of the rows to forget alone;
+    finetune's is one of those to retain. (npo's is the same for all rows at base.) A sweep
     starts from base every time and chooses by val alone."""
     models, whole = {"base": lively(STRINGS), "filtered": lively(STRINGS, 1)}, data.Task.undivided
-    knobs = dict(**ATTACK, method=method, steps=1, batch_size=8, retain_weight=0.0)
+    knobs = dict(**ATTACK, method=method, steps=1, batch_size=8, retain_weight=0.0, after="",
+                 inner_steps=1)
     monkeypatch.setattr(data.Task, "undivided", lambda task, split, size, step, seed, part: whole(
         task, split, size, step + 5 * (split == other), seed, part))
     for other, lr in ((None, "sweep"), ("retain", 1e-3), ("forget", 1e-3), (None, 1e-3)):
