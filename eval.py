@@ -140,11 +140,14 @@ def foundations(cfg, task):
 
 
 # --- fine-tuning, as an attack and as a test -----------------------------------------------------
-def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, **how):
+def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, change=None, **how):
     """(copy, record): a copy of model, fine-tuned by AdamW, and fit's record. shares is a split or
-    {split: share}. judge(copy) gives figures for the record's history; how: fit's other arguments.
+    {split: share}. change(copy) may change it first. judge(copy) gives figures for the record's
+    history; how: fit's other arguments.
     """
     copy = model.clone()
+    if change:
+        change(copy)
 
     def loss_fn(model, step):
         return model(*task.batch(shares, rows, step, seed))

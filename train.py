@@ -141,11 +141,11 @@ class Run:
     the same to the last bit. Batches are functions of the step, so there is no other state.
     """
 
-    def __init__(self, model, cfg, lr, muon_lr, matrices=None, pieces=()):
+    def __init__(self, model, cfg, lr, muon_lr, matrices=None, pieces=(), momentum=None):
         self.model, self.cfg = model, cfg
         self.device, dtype, _ = hardware(cfg)
         self.autocast = autocast(cfg)           # one for all steps: asking what is there takes time
-        self.optimizers, self.leaves = optimizers(model, lr, muon_lr, matrices, pieces)
+        self.optimizers, self.leaves = optimizers(model, lr, muon_lr, matrices, pieces, momentum)
         # torch begins at 2^16, where the first steps of most techniques here would overflow
         self.scaler = torch.amp.GradScaler(self.device.type, 2.0**10,
                                            enabled=dtype == torch.float16)
@@ -279,14 +279,15 @@ class Run:
         return sum(loss for loss, _ in seen) / len(seen)
 
 
-def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, tokens=0, frozen=(),
-        evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None,
-        matrices=None, pieces=(), beside=lambda: 0, alike=1, checkpoint=None):
+def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, warmup=0, tokens=0,
+        frozen=(), evaluate=None, evaluate_at=(), stop=None, after_backward=None, after_step=None,
+        matrices=None, pieces=(), momentum=None, beside=lambda: 0, alike=1, checkpoint=None):
     """Trains model in place: the one loop of every technique.
 
     loss_fn(model, step)   a scalar loss; it draws its own batch, a function of the step
     steps, lr, muon_lr     how many steps, at most; peak rates of AdamW and Muon (see optimizers)
     decay                  share of the steps, at the end, over which the rates fall to zero
+    warmup                 the first steps, over which the rates rise from zero
     tokens                 tokens a step, for the progress bar
     frozen                 other models that loss_fn calls (a teacher): compiled with this one
     evaluate()             figures (a dict) to keep in the history, at the steps in evaluate_at (a
@@ -296,6 +297,7 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
     matrices               which Muon trains (None: those of model.blocks)
     pieces                 [(matrix, index)]: views that Muon takes for matrices of their own, so
                            that the gradients of one do not reach another
+    momentum               if given, SGD with this momentum trains what AdamW would train
     beside()               FLOPs spent so far outside of the steps: rollouts made now and then
     alike                  how many runs of this kind a script makes, which share what is compiled
     checkpoint             a Checkpoint: where to save one, and go on from if there is one
@@ -310,7 +312,7 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
     """
     if steps is None or lr is None:
         raise BadInput(f"{name}: no steps and rates are set for this task: give them")
-    at = Run(model, cfg, lr, muon_lr, matrices, pieces)
+    at = Run(model, cfg, lr, muon_lr, matrices, pieces, momentum)
     if checkpoint:
         at.resume(checkpoint)
     trained = data_parallel(model) if WORLD > 1 else model
@@ -319,6 +321,7 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, t
                                      leave=False, mininterval=0.5, disable=RANK > 0) as bar:
         while not at.over:
             rate = min(1.0, (steps - at.steps) / (decay * steps)) if decay else 1.0
+            rate = min(rate, (at.steps + 1) / warmup) if warmup else rate
             if at.cost and not compiled:                 # the first step is counted, eagerly
                 compiled = True
                 if should_compile(cfg, alike * steps, alike * steps * sum(at.cost) / WORLD):

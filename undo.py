@@ -141,10 +141,11 @@ def spread(alpha, cfg, task, model):
     return [alphas[id(p)] for p in model.parameters()]
 
 
-def distil(student, teacher, task, cfg, name, checkpoint=None):
-    """Trains the student on forward KL(teacher || student) over cfg.distil_on's rows. Training
-    stops once the student's retain score is within cfg.tolerance of the teacher's. Both scores are
-    on held-out data that is not reported; if the task is labelled, on rows labelled retain.
+def distil(student, teacher, task, cfg, name, checkpoint=None, imitate=imitate):
+    """Trains the student on forward KL(teacher || student), or as `imitate` says, over
+    cfg.distil_on's rows. Training stops once the student's retain score is within cfg.tolerance of
+    the teacher's. Both scores are on held-out data that is not reported; if the task is labelled,
+    on rows labelled retain.
 
     Batches are drawn from the training rows by a stream of their own, so they are not the batches
     of base's pretraining. Returns fit's record, which counts the teacher's forward passes.
@@ -170,11 +171,12 @@ def distil(student, teacher, task, cfg, name, checkpoint=None):
     return record
 
 
-def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None):
+def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None, imitate=imitate):
     """(student, record) of UNDO at a noise level, read from disk or made.
 
     alpha    None means Unlearn-and-Distill: the student starts from a fresh initialisation
     folder   where the model is kept among a seed's models
+    imitate  how the student imitates its teacher (see unlearn.imitate)
     rounds   how often it is damaged and distilled (default: cfg.rounds); a round starts from the
              student of the last one, and its teacher is the same
     The record's FLOPs are the teacher's plus those of all distillation.
@@ -186,7 +188,8 @@ def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None):
     if alpha is None:                # a fresh student needs as many steps as pretraining
         cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
     if rounds > 1:
-        start, record_before = undo(alpha, cfg, task, teacher, teacher_record, folder, rounds - 1)
+        start, record_before = undo(alpha, cfg, task, teacher, teacher_record, folder, rounds - 1,
+                                    imitate)
 
     def make(checkpoint):
         student = start.clone()
@@ -195,7 +198,7 @@ def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None):
         else:
             noise(student, spread(alpha, cfg, task, student), cfg.beta,
                   torch_stream("noise", cfg.seed, *[rounds] * (rounds > 1)))
-        record = distil(student, teacher, task, cfg, name, checkpoint)
+        record = distil(student, teacher, task, cfg, name, checkpoint, imitate)
         record["flops"] += record_before["flops"]
         return student, record
 

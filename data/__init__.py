@@ -141,7 +141,7 @@ class Task:
         self.pieces = {name: [Piece(name)] for name in (
             "retain", "forget", *getattr(self.module, "EXTRA", ()))}        # {split: its pieces}
         self.pieces["all"] = [Piece("retain"), Piece("forget")]
-        self.true_pieces = self.pieces                                      # see labelled()
+        self.true_pieces, self.by_label = self.pieces, ("train", "val")     # see labelled()
         self.resident = {}
         if self.device.type == "cuda" and 2 * sum(sizes.values()) <= RESIDENT:
             self.move_to_device()
@@ -254,7 +254,8 @@ class Task:
         """A batch of one split, before it is divided over processes."""
         if self.generated:
             return self.module.batch(self, split, size, step, seed, part)
-        pieces, sizes = (self.true_pieces if part == "test" else self.pieces)[split], [size]
+        pieces = (self.pieces if part in self.by_label else self.true_pieces)[split]
+        sizes = [size]
         if len(pieces) > 1:
             sizes = allot(self.shares(split), size, stream("pieces", split, seed, step))
         rows = torch.cat([self.rows(piece, n, part, stream("rows", split, i, part, seed, step))

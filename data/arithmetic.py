@@ -259,14 +259,15 @@ def exam(operation, form, part, heldout, heldout_pairs):
 
 
 @torch.no_grad()
-def accuracy(model, task, problems):
-    """Share of the (question, answer) problems that greedy decoding answers exactly.
+def accuracy(model, task, problems, before=()):
+    """Share of the (question, answer) problems that greedy decoding answers exactly. before: tokens
+    that come before each question, such as solved examples.
 
     It does so if each token of an answer, and the end after it, is the likeliest one after the
     question and the right tokens before it. One pass over all questions with their answers tells.
     """
     encode, end = task.tokenizer.encode_ordinary, task.end
-    asked = [[end] + encode(question) for question, _ in problems]
+    asked = [[*before, end] + encode(question) for question, _ in problems]
     rows = [q + encode(answer) + [end] for q, (_, answer) in zip(asked, problems)]
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=task.device)

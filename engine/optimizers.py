@@ -4,10 +4,10 @@ import torch
 from engine.hardware import multiplies_bf16
 
 
-def optimizers(model, lr, muon_lr, matrices=None, pieces=()):
+def optimizers(model, lr, muon_lr, matrices=None, pieces=(), momentum=None):
     """([AdamW, Muon], leaves): Muon for `matrices` (None: those of model.blocks) and AdamW for the
     rest; AdamW for all if muon_lr is 0. leaves: [(leaf, matrix, piece)], the pieces of matrices
-    that Muon takes for matrices of their own, see train.fit.
+    that Muon takes for matrices of their own, see train.fit. momentum: SGD instead of AdamW.
     """
     if not muon_lr:
         matrices = []
@@ -16,8 +16,9 @@ def optimizers(model, lr, muon_lr, matrices=None, pieces=()):
     by_muon, in_pieces = {id(p) for p in matrices}, {id(p) for p, _ in pieces}
     rest = [p for p in model.parameters() if id(p) not in by_muon]
     assert len(matrices) + len(rest) == len(list(model.parameters()))
-    made = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
-                              fused=rest[0].device.type in ("cuda", "cpu"))]
+    fused = rest[0].device.type in ("cuda", "cpu")
+    made = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+            if momentum is None else torch.optim.SGD(rest, lr=lr, momentum=momentum, fused=fused)]
     leaves = [(torch.nn.Parameter(p.detach()[at]), p, at) for p, at in pieces if id(p) in by_muon]
     assert sum(leaf.numel() for leaf, *_ in leaves) == sum(
         p.numel() for p in matrices if id(p) in in_pieces)                 # each entry once
