@@ -21,9 +21,17 @@ import undo
 import unlearn
 from data import tinystories
 from engine.hardware import autocast
-from engine.knobs import BadInput, knob
+from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
-from engine.report import draw_routing, over_seeds, picture, say_edges, table, write_rows
+from engine.report import (
+    draw_routing,
+    joined,
+    over_seeds,
+    picture,
+    say_edges,
+    table,
+    write_rows,
+)
 from engine.store import identity, obtain
 from engine.streams import seed_of, stream
 from eval import Attack, attacked, fill_attack, relearn
@@ -40,6 +48,8 @@ class Config(Attack):
     task: str = knob("language", "what to learn and to forget",
                      choices=["language", "tinystories", "bilingual"])
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
+    join: list[FilePath] = knob([], "rows of earlier runs for some of these seeds (files NAME.json):"
+                                " they are taken as they are")
     steps: int | None = knob(None, "training steps, the same for every method", 1)
     batch_size: int | None = knob(None, "rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "AdamW's rate", 0, 1)
@@ -437,7 +447,8 @@ def main(cfg):
     check_part(cfg)
     views = {f: task.labelled(f, cfg.false_positives, cfg.retain_labels or f)
              for f in cfg.label_fractions}
-    rows = [row for each in seeds(cfg) for row in story(each, task, views)]
+    rows = joined(cfg)
+    rows += [row for each in seeds(cfg, rows) for row in story(each, task, views)]
     columns = {"retain_before": "retain", "retain": "ablated", "retain_finetuned": "tuned",
                "forget_before": "forget", "forget": "ablated", "forget_finetuned": "tuned",
                "forget_raw": "raw", "forget_words_before": "words", "forget_words": "ablated",

@@ -127,9 +127,11 @@ def fill(cfg, settings, prefix=""):
                                        if getattr(cfg, f.name) is None and f.name in values})
 
 
-def seeds(cfg):
-    """cfg for each of cfg.seeds seeds, from cfg.seed on."""
-    return [dataclasses.replace(cfg, seed=cfg.seed + i) for i in range(cfg.seeds)]
+def seeds(cfg, rows=()):
+    """cfg for each of cfg.seeds seeds, from cfg.seed on, that have no rows yet."""
+    there = {row["seed"] for row in rows}
+    return [dataclasses.replace(cfg, seed=seed) for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+            if seed not in there]
 
 
 # --- the loop ------------------------------------------------------------------------------------

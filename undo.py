@@ -20,11 +20,12 @@ import torch
 import unlearn
 from data.tinystories import mention
 from engine.hardware import autocast
-from engine.knobs import BadInput, knob
+from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
 from engine.report import (
     draw_relearning,
     draw_stories,
+    joined,
     mean,
     over_seeds,
     picture,
@@ -78,6 +79,8 @@ class Config(AfterBase):
     check_every: int | None = knob(None, "steps between two looks at the student's retain score "
                                      "(at least 1% of --steps)", 1)
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
+    join: list[FilePath] = knob([], "rows of earlier runs for some of these seeds (files NAME.json):"
+                                " they are taken as they are")
 
 
 PAPER = dict(beta=0.1, distil_on="all", muon_lr=0.02)
@@ -282,7 +285,8 @@ def compared(rows, records, cfg, task):
             step: robustness(score, low[what][step], high[what][step]) if low and high else None
             for step, score in row[what].items()}
             for what in ("relearned", "relearned_words") if what in row}
-        each = robust["robustness"].values()
+        # forget stories are ordinary but for their words: there the words tell
+        each = robust["robustness_words" if "robustness_words" in robust else "robustness"].values()
         full.append(row | compute | robust | {
             "robustness_mean": None if None in each else statistics.mean(each)})
     return full
@@ -335,9 +339,12 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
     others = [n for n in names if n != "base" or "filtered" not in names]
     students = [n for n in names if n.startswith("undo-") or n == "distilled"]
     unseen = [n for n in (cfg.method, *students) if "relearned_heldout_pairs" in rows[0]]
-    draw_relearning(axes[0], task, curves(others, "forget", "relearned"),
+    words = "_words" * ("relearned_words" in rows[0])
+    draw_relearning(axes[0], task, curves(others, f"forget{words}", f"relearned{words}"),
                     curves(unseen, "forget_heldout_pairs", "relearned_heldout_pairs"))
     axes[0].set_title("Relearning curves under attack")
+    if words:
+        axes[0].set_ylabel("loss on forget words (nats per token), worst rate")
     points = [(of(n, lambda r: r["compute_pct"]), of(n, lambda r: r["robustness_mean"]))
               for n in students]
     if points and all(y is not None for _, y in points):
@@ -360,19 +367,26 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
         draw_stories(axes[2:], stories, topic)
 
 
+def save(rows, task, cfg, quiet=False):
+    """Rows and picture."""
+    write_rows("undo", cfg, task, rows, quiet)
+    stories, topic = chosen_stories(rows, task, cfg)
+    picture("undo", cfg, draw, rows, task, cfg, stories, topic, panels=2, above=len(stories),
+            quiet=quiet)
+
+
 def main(cfg):
     """Rows and picture are there as soon as two models are, and replaced as others come."""
     task = open_task(cfg)
     cfg = resolved(cfg)
-    rows = []
-    for each in seeds(cfg):
+    rows = joined(cfg)
+    if not (to_make := seeds(cfg, rows)):
+        save(rows, task, cfg)
+    for each in to_make:
         for new in story(each, task):
             if rows or len(new) > 1:
                 first = not rows and len(new) == 2
-                write_rows("undo", cfg, task, rows + new, quiet=not first)
-                stories, topic = chosen_stories(rows + new, task, cfg)
-                picture("undo", cfg, draw, rows + new, task, cfg, stories, topic, panels=2,
-                        above=len(stories), quiet=not first)
+                save(rows + new, task, cfg, quiet=not first)
                 if first:
                     print_table(new, cfg)
         rows += new
@@ -385,15 +399,15 @@ def print_table(rows, cfg):
     step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
     last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
+    words = "_words" * ("forget_words" in lines[0])
     further = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}",
-               "forget_words": "words", f"relearned_words {step}": f"after {step}",
-               f"robustness_words {step}": f"robust@{step}",
                "mentions": "mentions", f"relearned_mentions {step}": f"after {step}",
                "relearned_few": "few"}
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
-          | {f"relearned {s}": f"after {s}" for s in shown}
+          | ({"forget_words": "words"} if words else {})
+          | {f"relearned{words} {s}": f"after {s}" for s in shown}
           | {k: header for k, header in further.items() if k in lines[0]}
-          | {f"robustness {step}": f"robust@{step}", "robustness_mean": "robust",
+          | {f"robustness{words} {step}": f"robust@{step}", "robustness_mean": "robust",
              "compute_pct": "compute %", "compute_pct_matched": "matched %"})
 
 

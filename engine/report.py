@@ -128,6 +128,32 @@ def write_rows(script, cfg, task, rows, quiet=False):
         print(f"rows: {path}")
 
 
+APART = {"seed", "seeds", "join", "out", "data_dir", "source", "source2", "device", "compile",
+         "save_every", "resume", "remake"}            # knobs in which runs of one table may differ
+
+
+def joined(cfg):
+    """Rows that runs of the same script with the same knobs wrote for other seeds: those of the
+    files cfg.join. Raises BadInput for a file that has no rows, or was made with other knobs."""
+    rows, mine = [], json.loads(json.dumps(dataclasses.asdict(cfg)))
+    for file in cfg.join:
+        try:
+            saved = json.loads(Path(file).read_text(encoding="utf-8"))
+            config, new = saved["config"], saved["rows"]
+            [row["seed"] for row in new]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise BadInput(f"--join={file}: not rows of this script ({type(error).__name__})"
+                           ) from None
+        for key in sorted((config.keys() & mine.keys()) - APART):
+            if config[key] != mine[key] and mine[key] is not None:
+                raise BadInput(f"--join={file} was made with {key}={config[key]}, this run has "
+                               f"{key}={mine[key]}")
+        if again := {row["seed"] for row in new} & {row["seed"] for row in rows}:
+            raise BadInput(f"--join={file}: another file has seed {min(again)}, too")
+        rows += new
+    return rows
+
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,

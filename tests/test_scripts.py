@@ -206,7 +206,8 @@ def check_undo(rows, out, figures, seeds=(0,), method="maxent"):
             for key in {"relearned", "rates", "robustness", *ATTACKED & figures}:
                 assert set(row[key]) == {"2", "4"}
             assert set(row["rates"].values()) <= {1e-3, 1e-2}
-            each = list(row["robustness"].values())
+            each = list(row["robustness_words" if "robustness_words" in figures else
+                            "robustness"].values())
             assert row["robustness_mean"] == (
                 None if None in each else pytest.approx(sum(each) / 2))
             for step, got in row["robustness"].items():
@@ -560,7 +561,8 @@ def test_config_in_the_rows_is_resolved(script, home, trained, undone):
              "undo": lambda: undone.rows("undo", "tinystories")}[script]()
     shaping = {f.name for f in dataclasses.fields(SCRIPTS[script].Config)} - {
         "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "prior", "env",
-        "hack_rates", "compile", "layer", "resume"}
+        "hack_rates", "compile", "layer", "resume", "by_block"} - (
+            {"after", "beta", "gamma"} if script == "unlearn" else set())
     assert not {k for k in shaping if saved["config"][k] is None}
 
 
@@ -601,3 +603,29 @@ def test_stray_files_beside_models(home):
     assert [r["model"] for r in home.rows("examine")["rows"]] == ["base", "filtered"]
     status, out, err = home.call("examine", *tiny, "--models=notes")
     assert status == 2 and err.count("\n") == 1 and "notes.pt" in err
+
+
+def test_rows_of_other_seeds_are_joined(home, undone):
+    """The table and the rows have what the file has, without making its models; other knobs, other
+    files and a seed that comes twice are refused."""
+    old = undone.rows("undo", "tinystories")
+    file = home.path / "old.json"
+    config = old["config"]
+    knobs = [f"--{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in
+             config.items() if v not in (None, []) and k in {
+                 "alphas", "lrs", "attack_steps", "attack_rows", "attack_seeds", "unlearn_steps",
+                 "unlearn_lr", "steps", "batch_size", "check_every", "base_steps",
+                 "filtered_steps", "block_size", "source", "forget_words", "beta", "distil_on",
+                 "n_layer", "n_head", "n_embd", "attack_few"}]
+    file.write_text(json.dumps(old | {"rows": [row | {"retain": 1.25} for row in old["rows"]]}))
+    call = ["--task=tinystories", f"--data_dir={undone.data_dir}", *knobs]
+    status, out, err = home.call("undo", *call, f"--join={file}")
+    assert status == 0, err
+    new = home.rows("undo", "tinystories")["rows"]
+    assert [row["retain"] for row in new] == [1.25] * len(new) and "1.25" in out
+    assert not list((home.out / "tinystories").glob("**/*.pt"))
+    for wrong, message in ((["--beta=0.7", f"--join={file}"], "was made with beta="),
+                           ([f"--join={file},{file}"], "another file has seed 0, too"),
+                           ([f"--join={home.path / 'none.json'}"], "not rows of this script")):
+        status, out, err = home.call("undo", *call, *wrong)
+        assert status == 2 and message in err, err
