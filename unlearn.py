@@ -292,26 +292,32 @@ def sam(model, forget, reference, cfg, step):
     return with_gradient(loss, parameters, g)
 
 
+def looking_ahead(model, batches, lr, loss):
+    """A scalar that has the value and the gradients of loss() at the weights to which one AdamW
+    step on each of the batches leads: first-order meta-learning (Nichol et al. 2018)."""
+    with excursion(model) as parameters:
+        trainer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        for rows in batches:
+            for p, g in zip(parameters, gradient(model(*rows), parameters)):
+                p.grad = g
+            trainer.step()
+        trainer.zero_grad()
+        value = loss()
+        g = gradient(value, parameters)
+    return with_gradient(value, parameters, g)
+
+
 def tar(model, forget, reference, cfg, step):
-    """Tamper-resistant: after an attack of cfg.inner_steps AdamW steps, the model should still be
-    as unsure as maxent wants it. The gradient of maxent's loss at the attacked weights, on other
-    forget rows, is taken for that at theta: first-order meta-learning (Tamirisa et al. 2024, arXiv
-    2408.00761). The attack's rate is one of cfg.inner_lrs, in turns.
+    """Tamper-resistant: maxent's loss on some of the forget rows, after an attack of
+    cfg.inner_steps AdamW steps on others (Tamirisa et al. 2024, arXiv 2408.00761). The attack's
+    rate is one of cfg.inner_lrs, in turns.
 
     forget holds inner_steps + 1 batches, mixed so that each has the same share of every split.
     """
-    batches = [[x[i::cfg.inner_steps + 1] for x in forget] for i in range(cfg.inner_steps + 1)]
-    with excursion(model) as parameters:
-        attacker = torch.optim.AdamW(parameters, lr=cfg.inner_lrs[step % len(cfg.inner_lrs)],
-                                     betas=(0.9, 0.95), weight_decay=0.0)
-        for rows in batches[1:]:
-            for p, g in zip(parameters, gradient(model(*rows), parameters)):
-                p.grad = g
-            attacker.step()
-        attacker.zero_grad()
-        loss = maxent(model, batches[0], reference, cfg, step)
-        g = gradient(loss, parameters)
-    return with_gradient(loss, parameters, g)
+    rest, *attack = [[x[i::cfg.inner_steps + 1] for x in forget]
+                     for i in range(cfg.inner_steps + 1)]
+    return looking_ahead(model, attack, cfg.inner_lrs[step % len(cfg.inner_lrs)],
+                         lambda: maxent(model, rest, reference, cfg, step))
 
 
 def near(model, retain, reference, cfg):

@@ -1,0 +1,102 @@
+"""Tunes the methods of unlearn.py by one rule, which is the same for all.
+
+    python -m experiments.sweep                              arithmetic, seeds 100 and 101
+    python -m experiments.sweep --methods=npo,simnpo --attempts=24
+
+Every method has the same attempts: rates, weights and steps drawn at random. Of those that keep the
+retain score within 2% of base's, the one that forgets most is the best. Forgetting is the forget
+score on val, to two digits; where that is the same, the loss on forget rows. Only base is needed.
+"""
+import engine.start  # noqa: F401, I001  (before torch is loaded)
+
+import dataclasses
+import statistics
+import tempfile
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+import unlearn
+from engine.hardware import autocast
+from engine.knobs import knob
+from engine.process import run
+from engine.report import table, write_rows
+from engine.streams import stream
+from eval import AfterBase, fill_attack, foundation
+from train import config_from, open_task, seeds
+
+
+@dataclass
+class Config(AfterBase):
+    seed: int = knob(100, "the first seed: one that no table reports", 0, 2**31)
+    seeds: int = knob(2, "how many seeds, from --seed on; their mean decides", 1)
+    methods: list[str] = knob([name for name in unlearn.NAMES if name != "oracle"],
+                              "methods to tune", choices=unlearn.NAMES)
+    attempts: int = knob(12, "how many settings each method tries", 1)
+    batch_size: int = knob(32, "rows in a batch, half forget and half retain", 2, 2**31)
+    lr_range: list[float] = knob([1e-4, 3e-3], "the least and the largest rate", 0, 1)
+    weight_range: list[float] = knob([1.0, 300.0], "the least and the largest retain weight", 1e-9)
+    steps_range: list[int] = knob([20, 120], "the fewest and the most steps", 1)
+
+
+def draws(cfg):
+    """[(lr, retain weight, steps)]: the attempts, log-uniform in each range, by one fixed seed."""
+    rng = stream("sweep")
+
+    def between(low, high):
+        return low * (high / low) ** rng.random()
+
+    return [(between(*cfg.lr_range), between(*cfg.weight_range), round(between(*cfg.steps_range)))
+            for _ in range(cfg.attempts)]
+
+
+def attempt(method, given, each, task, base):
+    """{"retain", "forget": val scores, "forget_loss", "flops"} after one setting, on one seed."""
+    lr, weight, steps = given
+    with tempfile.TemporaryDirectory() as folder:                    # keeps none of the models
+        cfg = config_from(each, unlearn.Config, AfterBase, method=method, lr=lr, steps=steps,
+                          retain_weight=weight, batch_size=each.batch_size)
+        model, record = unlearn.unlearn(dataclasses.replace(cfg, out=folder), task, *base)
+    with autocast(each):
+        return task.score(model, part="val") | {
+            "forget_loss": task.loss(model, "forget", 64, "val"), "flops": record["flops"]}
+
+
+def best(attempts, retain, task):
+    """The index of the best attempt, from [mean figures], and whether it keeps the retain score."""
+    def merit(i):
+        at = attempts[i]
+        score = round(at["forget"], 2) * (-1 if task.higher_is_better else 1)
+        return task.within(at["retain"], retain, 0.02), score, at["forget_loss"]
+
+    found = max(range(len(attempts)), key=merit)
+    return found, merit(found)[0]
+
+
+def main(cfg):
+    task = open_task(cfg)
+    cfg, rows = fill_attack(cfg), []
+    bases = {each.seed: (each, foundation("base", each, task)) for each in seeds(cfg)}
+    with autocast(cfg):
+        retain = statistics.mean(task.score(model, ("retain",), "val")["retain"]
+                                 for _, (model, _) in bases.values())
+    for method in cfg.methods:
+        tried = []
+        for given in tqdm(draws(cfg), desc=method, unit="attempt"):
+            got = [attempt(method, given, each, task, base) for each, base in bases.values()]
+            tried.append({k: statistics.mean(at[k] for at in got) for k in got[0]})
+        chosen, kept = best(tried, retain, task)
+        for i, (given, at) in enumerate(zip(draws(cfg), tried)):
+            rows.append({"method": method, "best": i == chosen, "kept": kept} | dict(zip(
+                ("lr", "retain_weight", "steps"), given)) | at)
+        write_rows("sweep", cfg, task, rows, quiet=len(rows) > cfg.attempts)
+    print(f"base: retain {retain:.3f} on val")
+    table([row | {"lr": f"{row['lr']:.1e}", "retain_weight": f"{row['retain_weight']:.3g}",
+                  "kept": "yes" if row["kept"] else "no"} for row in rows if row["best"]],
+          {"method": "method", "lr": "rate", "retain_weight": "w", "steps": "steps",
+           "retain": "retain", "forget": "forget", "forget_loss": "forget loss",
+           "kept": "within 2%"})
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
