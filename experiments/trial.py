@@ -41,8 +41,9 @@ def ranks(values):
 
 def spearman(x, y):
     """Spearman's rho: the correlation of ranks. None if all values on one side are equal."""
-    a, b = ranks(x), ranks(y)
-    return None if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
+    if len({*x}) < 2 or len({*y}) < 2:
+        return None
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
 def story(cfg, task):

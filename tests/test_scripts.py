@@ -25,11 +25,12 @@ from data.tokenizer import END
 from engine.disk import OURS
 from engine.knobs import command_line
 from engine.store import load
-from experiments import examine
+from experiments import attacks, erosion, examine, frontier, sweep, trial
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "unlearn": unlearn, "undo": undo, "eval": judges}
-OTHERS = {"examine": examine}
+OTHERS = {"examine": examine, "attacks": attacks, "erosion": erosion, "frontier": frontier,
+          "sweep": sweep, "trial": trial}
 FLOAT32 = train.hardware(train.Config(device="cpu"))[1] == torch.float32
 SMALL = ["--device=cpu", "--compile=false", "--n_layer=1", "--n_embd=32", "--n_head=2"]
 BASE = ["--steps=4", "--filtered_steps=3"]
@@ -46,7 +47,7 @@ class Home:
         self.path, self.data_dir, self.out = path, data_dir, path / "out"
 
     def argv(self, script, arguments):
-        small = {"train": [*SMALL, *BASE], "eval": [], "examine": []}.get(
+        small = {"train": [*SMALL, *BASE], "eval": [], "examine": [], "attacks": []}.get(
             script, [*SMALL, "--base_steps=4", "--filtered_steps=3"])
         mine = [f"--data_dir={self.data_dir}", f"--out={self.out}", "--device=cpu"]
         return [*mine, *small, *arguments]                           # of two alike, the last counts
@@ -629,3 +630,56 @@ def test_rows_of_other_seeds_are_joined(home, undone):
                            ([f"--join={home.path / 'none.json'}"], "not rows of this script")):
         status, out, err = home.call("undo", *call, *wrong)
         assert status == 2 and message in err, err
+
+
+# --- the frontier --------------------------------------------------------------------------------
+FEW = [*ATTACK, "--unlearn_steps=2", "--steps=2", "--batch_size=8", "--check_every=2"]
+
+
+def test_frontier(home):
+    """A row for every arm, or for every share of labels; the rows as those of undo.py."""
+    arms = "finetune,undo-units,filter-distil,ntp-all,undo-labels,classifier-skip,filtered-labels"
+    status, out, err = home.call("frontier", *FEW, f"--arms={arms}", "--label_shares=0.1,0.01")
+    assert status == 0, err
+    saved = home.rows("frontier")
+    names = ["base", "filtered", "maxent", "finetune", "undo-units", "filter-distil", "ntp-all"] + [
+        f"{name}-{share}%" for name in ("undo-labels", "classifier-skip", "filtered-labels")
+        for share in (10, 1)]
+    assert [row["model"] for row in saved["rows"]] == names and finite(saved)
+    cost = {row["model"]: row["flops"] for row in saved["rows"]}
+    assert cost["undo-units"] > cost["maxent"] and cost["filter-distil"] > cost["filtered"]
+    assert cost["ntp-all"] > cost["filtered"] == pytest.approx(cost["filtered-labels-1%"])
+    assert all(name in out for name in names)
+
+
+def test_attacks(home):
+    """The matrix, on the models that there are: every attack has its cell."""
+    status, out, err = home.call("attacks", *ATTACK, "--models=filtered", "--unlearned=base",
+                                 "--compile=false")
+    assert status == 0, err
+    saved = home.rows("attacks")
+    assert [row["model"] for row in saved["rows"]] == ["base", "filtered"] and finite(saved)
+    base, filtered = saved["rows"]
+    assert [*base["cells"]] == [*attacks.ATTACKS] == [*base["first"]]
+    assert base["distance"] == 0 and base["barrier"] == pytest.approx(0, abs=1e-6)
+    assert filtered["distance"] > 0.1
+    for kind, cells in base["cells"].items():
+        assert [*cells] == {"long": ["2", "4", "8", "16", "40"]}.get(
+            kind, ["0"] if kind in ("2 shots", "4 shots", "4-bit") else ["2", "4"])
+    status, _, err = home.call("attacks", *ATTACK, "--models=none", "--unlearned=base")
+    assert status == 2 and "none.pt is missing" in err
+
+
+def test_sweep_and_trial_and_erosion(home):
+    status, out, err = home.call("sweep", "--seed=0", "--seeds=1", "--attempts=2", "--batch_size=4",
+                                 "--methods=npo,finetune", "--steps_range=1,2")
+    assert status == 0, err
+    assert [(row["method"], row["best"]) for row in home.rows("sweep")["rows"]].count(
+        ("npo", True)) == 1 and "finetune" in out
+    status, out, err = home.call("trial", *FEW, "--alphas=0.5,0.6", "--teachers=maxent")
+    assert status == 0, err
+    assert len(home.rows("trial")["rows"]) == 2 and "Spearman's rho" in out
+    status, out, err = home.call("erosion", "--rows=4", "--teach_steps=2", "--at=1,2",
+                                 "--inner_steps=1")
+    assert status == 0, err
+    assert [row["way"] for row in home.rows("erosion")["rows"]] == [*erosion.WAYS]
