@@ -15,6 +15,7 @@ import engine.start  # noqa: F401, I001  (before torch is loaded)
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 import train
 from engine.hardware import autocast
 from engine.knobs import BadInput, FilePath, knob
-from engine.process import run
+from engine.process import WORLD, run
 from engine.report import (
     draw_probes,
     draw_pruning,
@@ -36,7 +37,7 @@ from engine.report import (
 )
 from engine.store import load, path_of, read
 from engine.streams import seed_of, torch_stream
-from model import norm
+from model import LOGITS, Stack, norm
 from train import Common, config_from, evaluated, fill, fit, open_task, pretrain
 
 MOVED = {f"--what={name}": f"python -m experiments.{name}"
@@ -157,6 +158,42 @@ def tune(model, task, cfg, shares, rows, steps, lr, *, seed, name, judge=None, c
     return copy, record
 
 
+def stackable(model, task, rows, K):
+    """Whether K runs are trained as one Stack: on a GPU, where a small step waits for its launches
+    and K steps wait no longer. A CPU is busy with products and takes longer (docs/speed.md). vmap
+    cannot recompute logits chunk by chunk, so that all of them must fit."""
+    return (model.wte.weight.device.type == "cuda" and WORLD == 1
+            and K * rows * task.block_size * model.config.vocab_size <= LOGITS)
+
+
+def tune_each(model, task, cfg, split, rows, steps, runs, *, name, judge, alike=1, **how):
+    """[history]: of tune() for each (rate, seed) in runs; those of a Stack have scores only."""
+    K, top = len(runs), max(lr for lr, _ in runs)
+    if not stackable(model, task, rows, K):
+        return [tune(model, task, cfg, split, rows, steps, lr, seed=seed, name=f"{name} {lr:g}",
+                     judge=judge, alike=alike, **how)[1]["history"] for lr, seed in runs]
+    stack = Stack(model, K)
+    before = [[p.detach().clone() for p in copy.parameters()] for copy in stack.copies]
+
+    def loss_fn(stack, step):
+        drawn = {seed: task.batch(split, rows, step, seed) for _, seed in runs}
+        return stack(*map(torch.stack, zip(*(drawn[seed] for _, seed in runs))))
+
+    @torch.no_grad()
+    def go_back():
+        """AdamW has moved all copies at the highest rate. Its steps are proportional to the rate
+        (nothing decays the weights), so that each copy takes back what its own rate is less."""
+        for copy, was, (lr, _) in zip(stack.copies, before, runs):
+            if lr < top:
+                torch._foreach_lerp_(list(copy.parameters()), was, 1 - lr / top)
+                torch._foreach_copy_(was, list(copy.parameters()))
+
+    record = fit(stack, loss_fn, cfg, steps, top, name=f"{name}, {K} runs", alike=alike // K or 1,
+                 tokens=K * rows * task.block_size, after_step=go_back,
+                 evaluate=lambda: {"runs": [*map(judge, stack.copies)]}, **how)
+    return [[{"step": at["step"]} | at["runs"][k] for at in record["history"]] for k in range(K)]
+
+
 def relearn(model, task, cfg, name="model", domains=("forget",)):
     """Attacks copies of a model. Fine-tunes them by AdamW on the split that cfg.attack names, on
     newly drawn training rows, cfg.attack_seeds times for each rate in cfg.lrs. cfg is an Attack
@@ -169,16 +206,16 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
               "few": see relearn_few; None without cfg.attack_few}
     """
     split = {"forget": "forget", "mixed": "all", "retain": "retain"}[cfg.attack]
-    curves = {}
-    for lr in cfg.lrs:
-        runs = [tune(model, task, cfg, split, cfg.attack_rows, max(cfg.attack_steps), lr,
-                     seed=seed_of("relearn", cfg.seed, i), name=f"relearn {name} {lr:g}",
-                     evaluate_at=set(cfg.attack_steps), alike=4 * len(cfg.lrs) * cfg.attack_seeds,
-                     judge=lambda model: task.score(model, domains))[1]["history"]
-                for i in range(cfg.attack_seeds)]
-        curves[lr] = {same[0]["step"]: {
-            k: sum(h[k] for h in same) / len(same) for k in same[0]
-            if k.startswith(("retain", "forget", "mentions"))} for same in zip(*runs)}
+    runs = [(lr, seed_of("relearn", cfg.seed, i)) for lr in cfg.lrs
+            for i in range(cfg.attack_seeds)]
+    histories = iter(tune_each(
+        model, task, cfg, split, cfg.attack_rows, max(cfg.attack_steps), runs, alike=4 * len(runs),
+        name=f"relearn {name}", evaluate_at=set(cfg.attack_steps),
+        judge=lambda model: task.score(model, domains)))
+    curves = {lr: {same[0]["step"]: {
+        k: sum(h[k] for h in same) / len(same) for k in same[0]
+        if k.startswith(("retain", "forget", "mentions"))}
+        for same in zip(*islice(histories, cfg.attack_seeds))} for lr in cfg.lrs}
     scores = curves[cfg.lrs[0]][cfg.attack_steps[0]]
     worst, aim = {}, "forget_words" if "forget_words" in scores else "forget"
     for step in cfg.attack_steps:
@@ -196,14 +233,12 @@ def relearn_few(model, task, cfg, name):
     steps on cfg.attack_few forget texts alone. Returns the best forget score that any of cfg.lrs
     reaches on held-out rows (val), which are looked at every fourth step."""
     few, best = task.first_texts(cfg.attack_few), None
-    for lr in cfg.lrs:
-        _, record = tune(model, few, cfg, "forget", cfg.attack_rows, 40, lr,
-                         seed=seed_of("few", cfg.seed), name=f"few {name} {lr:g}",
-                         judge=lambda model: task.score(model, ("forget",), "val"),
-                         evaluate_at=range(0, 40, 4))
-        for at in record["history"]:
-            if best is None or task.knows_more(at["forget"], best):
-                best = at["forget"]
+    histories = tune_each(model, few, cfg, "forget", cfg.attack_rows, 40,
+                          [(lr, seed_of("few", cfg.seed)) for lr in cfg.lrs], name=f"few {name}",
+                          judge=lambda model: task.score(model, ("forget",), "val"),
+                          evaluate_at=range(0, 40, 4))
+    for at in sum(histories, []):
+        best = at["forget"] if best is None or task.knows_more(at["forget"], best) else best
     return best
 
 

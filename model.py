@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
 from engine.disk import read_sealed, write_sealed
@@ -342,6 +343,22 @@ class GPT(nn.Module):
             out.append(new)
             idx = new[:, None]
         return torch.stack(out, 1)
+
+
+class Stack(nn.Module):
+    """K copies of a model that compute together: each operation is one for all of them."""
+
+    def __init__(self, model, K):
+        super().__init__()
+        self.copies = nn.ModuleList(model.clone() for _ in range(K))
+
+    def forward(self, *batch):
+        """Each tensor has the rows of every copy: (K, B, T) for a model's (B, T). Returns the sum
+        of the copies' losses, of which each copy's weights get the gradient of their own."""
+        weights = {name: torch.stack([copy.get_parameter(name) for copy in self.copies])
+                   for name, _ in self.copies[0].named_parameters()}              # (K, ..)
+        return vmap(lambda weights, *rows: functional_call(self.copies[0], weights, rows))(
+            weights, *batch).sum()
 
 
 def write_model(path, model, made_with, record, **more):

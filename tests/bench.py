@@ -50,14 +50,15 @@ WANTED = {  # device: row: the least ratio, or share of the peak, to reach
     "cpu": {"step 0.8M": 2, "step 7M": 3, "peak 7M": 0.5, "generate 8": 15, "batch": 10,
             "score": 20, "routed era": 0.8, "routed sgtm": 0.8, "rollouts sycophancy": 10,
             "rollouts metric": 10, "words": 0.1, "waiting, quiet": 0.95, "waiting, busy": 1.2},
-    "cuda": {"step 7M": 4, "peak 124M": 0.45}}
+    "cuda": {"step 7M": 4, "peak 124M": 0.45, "stack": 5}}
 
 
 @dataclass
 class Config(train.Common):
     only: str = knob("all", "which rows", choices=["all", "step", "generate", "batch", "pcfg",
-                                                   "score", "attack", "routed", "rollouts",
-                                                   "linear", "words", "waiting", "story"])
+                                                   "score", "attack", "stack", "routed",
+                                                   "rollouts", "linear", "words", "waiting",
+                                                   "story"])
     turns: int = knob(3, "how often each way has its turn", 1)
 
 
@@ -258,6 +259,24 @@ def bench_attack(cfg, rows):
                  **{k: steps[k] * tokens / s for k, s in took.items()}})
 
 
+def bench_stack(cfg, rows, steps=30):
+    """Steps/s of the attack's runs as one Stack, counted for each run, against one run after the
+    other. Without scores and uncompiled. Only a GPU is asked to stack them: see eval.stackable."""
+    task, model = small_task(cfg)
+    attack = train.fill(train.config_from(cfg, Attack, compile=False), ATTACK)
+    runs = [(lr, seed) for lr in attack.lrs for seed in range(attack.attack_seeds)]
+
+    def trained(stacked):
+        with mock.patch.object(judges, "stackable", lambda *_: stacked):
+            judges.tune_each(model, task, attack, "forget", attack.attack_rows, steps, runs,
+                             name="stack", judge=lambda copy: {})
+
+    took = in_turns(dataclasses.replace(cfg, turns=1), plain=lambda: trained(False),
+                    ours=lambda: trained(True))
+    rows.append({"row": "stack", "unit": "steps/s",
+                 **{k: len(runs) * steps / s for k, s in took.items()}})
+
+
 def bench_routed(cfg, rows):
     """Steps/s of route.py's default training, for two methods, against those of its base."""
     given = train.config_from(dataclasses.replace(cfg, task="language"), route.Config)
@@ -442,8 +461,9 @@ def main(cfg):
     rows, device = [], train.hardware(cfg)[0].type
     parts = {"step": bench_step, "generate": bench_generate, "batch": bench_batch,
              "pcfg": bench_pcfg, "score": bench_score, "attack": bench_attack,
-             "routed": bench_routed, "rollouts": bench_rollouts, "linear": bench_linear,
-             "words": bench_words, "waiting": bench_waiting, "story": bench_story}
+             "stack": bench_stack, "routed": bench_routed, "rollouts": bench_rollouts,
+             "linear": bench_linear, "words": bench_words, "waiting": bench_waiting,
+             "story": bench_story}
     for name, part in tqdm(parts.items(), desc="bench", leave=False):
         if cfg.only == name or cfg.only == "all" and (name != "story" or device == "cuda"):
             part(cfg, rows)

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import data
+import eval as judges
 import recontext
 import route
 import train
@@ -141,6 +142,23 @@ def test_compiled_steps_are_the_eager_ones(name, tasks, monkeypatch):
         assert a["score"] == pytest.approx(b["score"], rel=2e-3)
     for a, b in zip(eager, compiled):
         assert (a - b).norm() < 0.02 * a.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stacked_attack(dtype, tasks, monkeypatch):
+    """All runs of an attack as one Stack, beside one after the other."""
+    computing_in(monkeypatch, dtype)
+    task, curves = tasks["there"], []
+    cfg = judges.Attack(device=DEVICE.type, compile=False, lrs=[0.001, 0.003], attack_rows=8,
+                        attack_steps=[5, 20], attack_seeds=2)
+    assert DEVICE.type == "cpu" or judges.stackable(lively(task), task, 8, 4)
+    for stacked in (False, True):
+        monkeypatch.setattr(judges, "stackable", lambda *_, stacked=stacked: stacked)
+        curves.append(judges.relearn(lively(task), task, cfg)["curves"])
+    for lr in cfg.lrs:
+        for step in cfg.attack_steps:
+            assert curves[0][lr][step]["forget"] == pytest.approx(
+                curves[1][lr][step]["forget"], rel=1e-3 if dtype == torch.float32 else 0.02)
 
 
 def test_bfloat16(tasks, monkeypatch):

@@ -13,7 +13,7 @@ import unlearn
 from data import BadInput, Task
 from engine.streams import seed_of, torch_stream
 from eval import relearn, robustness
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Stack
 from train import fit
 from unlearn import kl
 
@@ -27,9 +27,9 @@ V, T = 30, 12
 CFG = unlearn.Config(device="cpu", compile=False, retain_weight=1.0, steer=4.0)
 
 
-def lively(seed=0, vocab_size=V, n_layer=2):
+def lively(seed=0, vocab_size=V, n_layer=2, block_size=T):
     """A model all of whose weights are random."""
-    gpt = GPT(GPTConfig(vocab_size, T, n_layer, 2, 16))
+    gpt = GPT(GPTConfig(vocab_size, block_size, n_layer, 2, 16))
     generator = torch.Generator().manual_seed(seed)
     for p in gpt.parameters():
         p.data = torch.randn(p.shape, generator=generator) / p.size(1) ** 0.5
@@ -670,3 +670,78 @@ def test_relearning_brings_a_skill_back(task, float32):
     curve = [got["worst"][s]["forget"] for s in (5, 10, 20)]
     assert math.log(task.vocab_size) > curve[0] > curve[1] > curve[2]
     assert {got["worst"][s]["lr"] for s in (5, 10, 20)} == {0.03}
+
+
+# --- all rates and seeds at once -----------------------------------------------------------------
+def attacked_both_ways(model, task, cfg, monkeypatch):
+    """For one run after the other, and for all stacked: (what relearn() returns, the weights of
+    every copy that was scored)."""
+    for stacked in (False, True):
+        monkeypatch.setattr(judges, "stackable", lambda *_, stacked=stacked: stacked)
+        seen = []
+
+        def score(scored, domains):
+            seen.append(torch.cat([p.detach().flatten() for p in scored.parameters()]))
+            return {domain: task.loss(scored, domain, 8) for domain in domains}
+
+        spy = Judged(name=task.name, device=task.device, block_size=task.block_size,
+                     higher_is_better=False, batch=task.batch, score=score)
+        yield relearn(model, spy, cfg), seen
+
+
+@pytest.mark.parametrize("kind", ["forget", "mixed"])
+def test_stacked_attack_is_the_loop(kind, task, float32, monkeypatch):
+    """Curves, and the weights of each copy after each step: two runs at each of four rates, one of
+    which is zero. With a wrong rate or the rows of another run, they would differ by 0.001."""
+    model = lively(vocab_size=task.vocab_size, block_size=task.block_size)
+    before = weights(model)
+    cfg = dataclasses.replace(attack(attack=kind), lrs=[0.003, 0.0, 0.03, 0.01],
+                              attack_steps=[1, 2, 3, 4])
+    (loop, ones), (stack, alls) = attacked_both_ways(model, task, cfg, monkeypatch)
+    assert same(before, weights(model)) and all(p.grad is None for p in model.parameters())
+    assert list(loop["curves"]) == list(stack["curves"]) == cfg.lrs
+    for lr, curve in loop["curves"].items():
+        assert {step: pytest.approx(at, rel=1e-4) for step, at in curve.items()} == (
+            stack["curves"][lr])
+    assert [at["lr"] for at in loop["worst"].values()] == [
+        at["lr"] for at in stack["worst"].values()]
+    start = torch.cat([p.flatten() for p in before.values()])
+    assert len(ones) == len(alls) == 32
+    for run in range(8):
+        for step in range(4):                      # the loop scores run by run, the stack by step
+            one, all_ = ones[4 * run + step], alls[8 * step + run]
+            assert (one - all_).abs().max() < 1e-4
+            assert torch.equal(all_, start) == (run in (2, 3))
+
+
+def test_flops_of_a_stack(float32):
+    """Those of its copies; its loss is the sum of theirs."""
+    model = lively()
+    alone = [fit(model.clone(), lambda m, step, i=i: m(*rows(10 * i + step)), CFG, 2, 1e-3)
+             for i in range(3)]
+    together = fit(Stack(model, 3), lambda m, step: m(*(torch.stack(x) for x in zip(*(
+        rows(10 * i + step) for i in range(3))))), CFG, 2, 1e-3)
+    assert together["flops"] == sum(each["flops"] for each in alone) > 0
+    assert together["history"][-1]["loss"] == pytest.approx(
+        sum(each["history"][-1]["loss"] for each in alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_rate_that_diverges_ends_the_attack(stacked, task, float32, monkeypatch):
+    monkeypatch.setattr(judges, "stackable", lambda *_: stacked)
+    model = lively(vocab_size=task.vocab_size, block_size=task.block_size)
+    with pytest.raises(BadInput, match=r"relearn model.* (nan|inf) at step .*lr=1e\+30"):
+        relearn(model, task, dataclasses.replace(attack(), lrs=[1e-3, 1e30]))
+
+
+def test_what_is_stacked(monkeypatch):
+    """Runs on one GPU whose logits all fit."""
+    def asked(kind, vocab_size, K=6):
+        model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size), wte=SimpleNamespace(
+            weight=SimpleNamespace(device=torch.device(kind))))
+        return judges.stackable(model, SimpleNamespace(block_size=64), 16, K)
+
+    assert asked("cuda", 768) and not asked("cpu", 768) and not asked("mps", 768)
+    assert asked("cuda", 2730) and not asked("cuda", 2731)                  # 2^24 / (6 * 16 * 64)
+    monkeypatch.setattr(judges, "WORLD", 2)
+    assert not asked("cuda", 768)
