@@ -85,8 +85,7 @@ class Config(AfterBase):
     sweep: list[float] = knob([3e-4, 1e-3, 3e-3], "rates that --lr=sweep tries", 0, 1)
     retain_weight: float | None = knob(None, "weight of the retain term, w", 0)
     after: str | None = knob(None, "start from base unlearned by this method (auto: none; tar: "
-                             "maxent)",
-                             choices=NAMES)
+                             "maxent)", choices=NAMES)
     layer: int | None = knob(None, "rmu, tar: block whose output is steered, or kept (auto: the "
                              "middle one)", 1)
     steer: float = knob(4.0, "rmu: length of the steering vector, in units of the residual's", 0)
@@ -94,7 +93,8 @@ class Config(AfterBase):
     gamma: float | None = knob(None, "simnpo: margin g; undial: how far the true token's logit is "
                                "lowered")
     around: str = knob("maxent", "sam: the method whose forget term is made flat",
-                       choices=[name for name in NAMES if name not in ("sam", "finetune")])
+                       choices=["maxent", "graddiff", "npo", "simnpo", "undial", "rmu",
+                                "repnoise"])
     rho: float = knob(0.5, "sam: how far away the gradient is taken", 0)
     mmd: float = knob(5.0, "repnoise: weight of the distance from noise, m", 0)
     inner_steps: int = knob(8, "tar: steps of the simulated attack", 0, 1000)
