@@ -69,6 +69,8 @@ class Config(Attack):
     expand: int = knob(64, "era, expanded: MLP units added to each block", 1)
     off_target: float = knob(-2.0, "era: gradient weight of forget tokens on the original units "
                              "(-0.75 in the paper, which is too weak for three blocks)", -10, 1)
+    off_heads: float = knob(1.0, "era: the same on the attention heads (1: as in the paper, they "
+                            "learn from all tokens alike)", -10, 1)
     l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
     coherence_steps: int = knob(4, "steps on 64 retain rows after ablation; the best is kept", 0)
     with_posthoc: bool = knob(False, "also run maxent, graddiff, rmu and undo on the same "
@@ -188,7 +190,8 @@ def mixed_batch(task, cfg, step):
 
 def era(model, task, cfg, frozen):
     """Expand, route, ablate (Cloud et al. 2024, section 4.2). MLP units are added to each block.
-    Tokens of forget texts train the new units with weight 1, the others with cfg.off_target.
+    Tokens of forget texts train the new units with weight 1, the others with cfg.off_target, and
+    the attention heads with cfg.off_heads.
 
     A token that is as frequent in retain texts as in forget texts keeps weight 1 everywhere: w =
     1 - sigmoid(r - 1/r - 4), with r its frequency in forget texts over that in retain texts (the
@@ -199,7 +202,8 @@ def era(model, task, cfg, frozen):
     forget, retain = (task.counts(split) + 1.0 for split in ("forget", "retain"))
     r = (forget / forget.sum()) / (retain / retain.sum())
     w = 1 - torch.sigmoid(r - 1 / r - 4)
-    weight = (w + (1 - w) * cfg.off_target).float().to(task.device)                     # (V,)
+    on_units, on_heads = ((w + (1 - w) * off).float().to(task.device)                   # (V,)
+                          for off in (cfg.off_target, cfg.off_heads))
     new = torch.arange(model.config.n_units, device=task.device) >= 4 * model.config.n_embd
     if not cfg.forget_embedding:
         wte = model.wte.weight
@@ -208,10 +212,13 @@ def era(model, task, cfg, frozen):
 
     def loss_fn(model, step):
         idx, targets, forget = mixed_batch(task, cfg, step)
-        m = torch.where(forget, weight[targets], 1.0)[:, :, None]                       # (B, T, 1)
+        m, m_heads = (torch.where(forget, weight[targets], 1.0)[:, :, None]             # (B, T, 1)
+                      for weight in (on_units, on_heads))
         norms = []
 
         def hook(site, i, h):
+            if site == "heads" and cfg.off_heads != 1:
+                return route(h, m_heads[..., None].to(h.dtype))
             if site != "units":
                 return h
             norms.append(h.abs().sum(-1).mean())
@@ -376,7 +383,7 @@ def model_name(method, fraction):
 def train_by(method, fraction, task, cfg):
     """(model, record) of a method, with labels for a fraction of the forget data, read from disk or
     made. Every method trains on the same number of tokens."""
-    knobs = {"era": ("expand", "off_target", "l1"), "expanded": ("expand",),
+    knobs = {"era": ("expand", "off_target", "off_heads", "l1"), "expanded": ("expand",),
              "sgtm": ("forget_heads", "forget_units")}.get(method, ())
     made_with = recipe(cfg, task) | {k: getattr(cfg, k) for k in knobs} | {"method": method}
     name = model_name(method, fraction)
