@@ -240,6 +240,32 @@ def test_era_weights(stories, float32):
     assert weight.min() < -0.7 and weight.max() > 0.9       # both kinds of token are there
 
 
+@pytest.mark.parametrize("off", [0.0, -1.0])
+def test_era_on_attention_heads(off, stories, float32):
+    """What heads computed from is told of each forget token's loss by its weight; by a loop."""
+    task = stories.labelled(1.0)
+    cfg = dataclasses.replace(CFG, l1=0.0, off_target=1.0, off_heads=off)
+    model, seen = lively(stories, 16), {}
+    counts = {s: task.counts(s).double().numpy() + 1 for s in ("forget", "retain")}
+    r = counts["forget"] / counts["forget"].sum() / (counts["retain"] / counts["retain"].sum())
+    weight = 1 - (1 - off) / (1 + np.exp(-(r - 1 / r - 4)))
+    idx, targets, forget = route.mixed_batch(task, cfg, 5)
+    got = gradients(model, route.era(model, task, cfg, Frozen())(model, 5))
+
+    def hook(site, i, h):
+        if (site, i) == ("heads", 1):
+            seen["h"] = h
+        return h
+
+    back, = torch.autograd.grad(model(idx, targets, hook=hook), seen["h"], retain_graph=True)
+    for row in range(len(idx)):
+        for at in range(idx.size(1)):
+            back[row, at] *= float(weight[targets[row, at]]) if forget[row] else 1.0
+    qkv = model.blocks[1].attn.qkv.weight
+    expected, = torch.autograd.grad(seen["h"], qkv, back)
+    torch.testing.assert_close(got["blocks.1.attn.qkv.weight"], expected, atol=1e-6, rtol=1e-4)
+
+
 def test_era_leaves_the_embeddings_of_forget_tokens_alone(stories, float32):
     """Where it must, through whole steps; all others move, and so does all without this."""
     counts = {s: stories.counts(s).double() + 1 for s in ("forget", "retain")}
