@@ -128,19 +128,24 @@ def write_rows(script, cfg, task, rows, quiet=False):
         print(f"rows: {path}")
 
 
-APART = {"seed", "seeds", "join", "out", "data_dir", "source", "source2", "device", "compile",
-         "save_every", "resume", "remake"}            # knobs in which runs of one table may differ
+# Knobs in which runs of one table may differ: they choose rows, or do not shape them
+APART = {"seed", "seeds", "methods", "label_fractions", "with_posthoc", "join", "out", "data_dir",
+         "source", "source2", "device", "compile", "save_every", "resume", "remake"}
 
 
 def joined(cfg):
-    """Rows that runs of the same script with the same knobs wrote for other seeds: those of the
-    files cfg.join. Raises BadInput for a file that has no rows, or was made with other knobs."""
+    """Rows that runs of the same script with the same knobs wrote for other seeds, methods or label
+    fractions: those of the files cfg.join. Raises BadInput for a file that has no rows, was made
+    with other knobs, or has a row that an earlier file has."""
+    def key(row):
+        return [row.get(k) for k in ("seed", "model", "method", "label_fraction")]
+
     rows, mine = [], json.loads(json.dumps(dataclasses.asdict(cfg)))
     for file in cfg.join:
         try:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
             config, new = saved["config"], saved["rows"]
-            [row["seed"] for row in new]
+            keys = [key(row) for row in new if row["seed"] is not None]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise BadInput(f"--join={file}: not rows of this script ({type(error).__name__})"
                            ) from None
@@ -148,8 +153,9 @@ def joined(cfg):
             if config[key] != mine[key] and mine[key] is not None:
                 raise BadInput(f"--join={file} was made with {key}={config[key]}, this run has "
                                f"{key}={mine[key]}")
-        if again := {row["seed"] for row in new} & {row["seed"] for row in rows}:
-            raise BadInput(f"--join={file}: another file has seed {min(again)}, too")
+        if again := [k for k in keys if k in [key(row) for row in rows]]:
+            raise BadInput(f"--join={file}: another file has the row of seed " + ", ".join(
+                str(part) for part in again[0] if part is not None) + ", too")
         rows += new
     return rows
 

@@ -626,7 +626,7 @@ def test_rows_of_other_seeds_are_joined(home, undone):
     assert [row["retain"] for row in new] == [1.25] * len(new) and "1.25" in out
     assert not list((home.out / "tinystories").glob("**/*.pt"))
     for wrong, message in ((["--beta=0.7", f"--join={file}"], "was made with beta="),
-                           ([f"--join={file},{file}"], "another file has seed 0, too"),
+                           ([f"--join={file},{file}"], "has the row of seed 0, base, too"),
                            ([f"--join={home.path / 'none.json'}"], "not rows of this script")):
         status, out, err = home.call("undo", *call, *wrong)
         assert status == 2 and message in err, err
