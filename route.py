@@ -69,8 +69,8 @@ class Config(Attack):
     expand: int = knob(64, "era, expanded: MLP units added to each block", 1)
     off_target: float = knob(-2.0, "era: gradient weight of forget tokens on the original units "
                              "(-0.75 in the paper, which is too weak for three blocks)", -10, 1)
-    off_heads: float = knob(1.0, "era: the same on the attention heads (1: as in the paper, they "
-                            "learn from all tokens alike)", -10, 1)
+    off_heads: float | None = knob(None, "era: the same on the attention heads (1: as in the "
+                                   "paper, they learn from all tokens alike)", -10, 1)
     l1: float = knob(1e-4, "era: weight of the L1 norm of MLP activations", 0)
     coherence_steps: int = knob(4, "steps on 64 retain rows after ablation; the best is kept", 0)
     with_posthoc: bool = knob(False, "also run maxent, graddiff, rmu and undo on the same "
@@ -79,9 +79,10 @@ class Config(Attack):
 
 
 STORIES = dict(steps=1200, batch_size=8, lr=6e-3, muon_lr=0.02, lrs=[1e-3, 3e-3],
-               forget_embedding=True)
+               forget_embedding=True, off_heads=1.0)
 SETTINGS = {                               # what auto knobs stand for, by task
-            "tinystories": STORIES | dict(forget_embedding=False), "bilingual": STORIES,
+            "tinystories": STORIES | dict(forget_embedding=False, off_heads=-1.0),
+            "bilingual": STORIES,
             "language": STORIES | dict(steps=400, batch_size=32,
                                        attack_steps=[10, 20, 40, 80, 120]),
             # As many steps and rows as in the code of Cloud et al. 2024, whose era has

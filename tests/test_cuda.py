@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_avai
                                 reason="needs a GPU")
 SIZE = dict(n_layer=2, n_head=4, n_embd=64)
 CFG = route.Config(device=DEVICE.type, compile=False, batch_size=16, seed=3, forget_units=16,
-                   expand=16, **SIZE)
+                   expand=16, off_heads=1.0, **SIZE)
 
 
 @pytest.fixture(scope="module")

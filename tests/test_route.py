@@ -36,7 +36,7 @@ from train import fit
 ROOT = Path(__file__).parent.parent
 SMALL = dict(n_layer=2, n_head=4, n_embd=32)
 CFG = Config(device="cpu", compile=False, steps=6, batch_size=8, lr=1e-2, muon_lr=0.0, seed=3,
-             forget_units=16, expand=16, forget_embedding=True, **SMALL)
+             forget_units=16, expand=16, forget_embedding=True, off_heads=1.0, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_unlabelled_rows_are_plain_training(stories, float32):
     assert frozen.masks == [] and all(torch.equal(got[n], expected[n]) for n in expected)
 
     wide = lively(stories, 16)
-    cfg = dataclasses.replace(CFG, off_target=1.0, l1=0.0)   # every token has weight 1 everywhere
+    cfg = dataclasses.replace(CFG, off_target=1.0, l1=0.0)    # every token has weight 1 everywhere
     loss_fn = route.era(wide, task := stories.labelled(0.5), cfg, frozen)
     idx, targets, _ = route.mixed_batch(task, cfg, 0)
     expected, got = gradients(wide, wide(idx, targets)), gradients(wide, loss_fn(wide, 0))
