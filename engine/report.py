@@ -137,7 +137,7 @@ def joined(cfg):
     """Rows that runs of the same script with the same knobs wrote for other seeds, methods or label
     fractions: those of the files cfg.join. Raises BadInput for a file that has no rows, was made
     with other knobs, or has a row that an earlier file has."""
-    def key(row):
+    def which(row):
         return [row.get(k) for k in ("seed", "model", "method", "label_fraction")]
 
     rows, mine = [], json.loads(json.dumps(dataclasses.asdict(cfg)))
@@ -145,7 +145,7 @@ def joined(cfg):
         try:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
             config, new = saved["config"], saved["rows"]
-            keys = [key(row) for row in new if row["seed"] is not None]
+            keys = [which(row) for row in new if row["seed"] is not None]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise BadInput(f"--join={file}: not rows of this script ({type(error).__name__})"
                            ) from None
@@ -153,7 +153,7 @@ def joined(cfg):
             if config[key] != mine[key] and mine[key] is not None:
                 raise BadInput(f"--join={file} was made with {key}={config[key]}, this run has "
                                f"{key}={mine[key]}")
-        if again := [k for k in keys if k in [key(row) for row in rows]]:
+        if again := [k for k in keys if k in [which(row) for row in rows]]:
             raise BadInput(f"--join={file}: another file has the row of seed " + ", ".join(
                 str(part) for part in again[0] if part is not None) + ", too")
         rows += new
