@@ -35,7 +35,7 @@ from engine.report import (
     table,
     write_rows,
 )
-from engine.store import load, path_of, read
+from engine.store import load, models_of, path_of, read
 from engine.streams import seed_of, torch_stream
 from model import LOGITS, Stack, norm
 from train import Common, config_from, evaluated, fill, fit, open_task, pretrain
@@ -482,6 +482,22 @@ def known(name, cfg, task):
                        f"tokens, not of {task.block_size}: give --block_size="
                        f"{model.config.block_size}")
     return model
+
+
+def known_ones(first, cfg, task):
+    """{name: model}: those called `first`, and then cfg.models, or all models of this seed. A file
+    that cannot be used is left out with a note, unless it was named."""
+    files = sorted(path.stem for path in models_of(cfg).glob("*.pt")
+                   if not path.stem.endswith(".resume"))
+    named, models = [*first, *(cfg.models or ())], {}
+    for name in dict.fromkeys(named + ([] if cfg.models else files)):
+        try:
+            models[name] = known(name, cfg, task)
+        except BadInput as error:
+            if name in named:
+                raise
+            print(f"note: {name} is left out: {error}")
+    return models
 
 
 JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample,

@@ -455,7 +455,7 @@ def main(cfg):
     check_part(cfg)
     views = {f: task.labelled(f, cfg.false_positives, cfg.retain_labels or f)
              for f in cfg.label_fractions}
-    rows = joined(cfg)
+    rows = joined(cfg, task)
     rows += [row for each in seeds(cfg, rows) for row in story(each, task, views)]
     columns = {"retain_before": "retain", "retain": "ablated", "retain_finetuned": "tuned",
                "forget_before": "forget", "forget": "ablated", "forget_finetuned": "tuned",

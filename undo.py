@@ -19,7 +19,7 @@ import torch
 
 import unlearn
 from data.tinystories import mention
-from engine.hardware import autocast
+from engine.hardware import autocast, counting_flops
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
 from engine.report import (
@@ -121,7 +121,7 @@ def noise(model, alpha, beta, generator):
         p.mul_(1 - a).add_(a * beta * N.to(p.device))
 
 
-def spread(alpha, cfg, task, model):
+def spread(alpha, cfg, task, model, rounds=()):
     """alpha for each parameter of model, as noise() takes it, by cfg.noise and cfg.by_block."""
     factors = cfg.by_block or [1.0] * model.config.n_layer
     if len(factors) != model.config.n_layer:
@@ -133,7 +133,7 @@ def spread(alpha, cfg, task, model):
         alphas |= {id(p): 0.0 if by_unit else alpha * factor for p in block.parameters()}
     if by_unit:
         shape = (model.config.n_layer, model.config.n_units)
-        scores = (torch.rand(shape, generator=torch_stream("units to damage", cfg.seed))
+        scores = (torch.rand(shape, generator=torch_stream("units to damage", cfg.seed, *rounds))
                   if cfg.noise == "units" else
                   saliency(model, task, config_from(cfg, Tools, saliency="absolute")))
         chosen = torch.zeros(shape)
@@ -144,18 +144,19 @@ def spread(alpha, cfg, task, model):
     return [alphas[id(p)] for p in model.parameters()]
 
 
-def distil(student, teacher, task, cfg, name, checkpoint=None, imitate=imitate):
+def distil(student, teacher, task, cfg, name, checkpoint=None, imitate=imitate, rounds=()):
     """Trains the student on forward KL(teacher || student), or as `imitate` says, over
     cfg.distil_on's rows. Training stops once the student's retain score is within cfg.tolerance of
     the teacher's. Both scores are on held-out data that is not reported; if the task is labelled,
     on rows labelled retain.
 
-    Batches are drawn from the training rows by a stream of their own, so they are not the batches
-    of base's pretraining. Returns fit's record, which counts the teacher's forward passes.
+    Batches are drawn from the training rows by a stream of their own (with rounds in its name), so
+    they are not the batches of base's pretraining. Returns fit's record, which counts the teacher's
+    forward passes.
     """
     with torch.no_grad(), autocast(cfg):
         goal = task.score(teacher, ("retain",), "val")["retain"]
-    seed = seed_of("distil", cfg.seed)
+    seed = seed_of("distil", cfg.seed, *rounds)
 
     def loss_fn(model, step):
         idx, targets = task.batch(cfg.distil_on, cfg.batch_size, step, seed)
@@ -194,15 +195,19 @@ def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None, imit
         start, record_before = undo(alpha, cfg, task, teacher, teacher_record, folder, rounds - 1,
                                     imitate)
 
+    later = (rounds,) if rounds > 1 else ()           # a later round has random numbers of its own
+
     def make(checkpoint):
-        student = start.clone()
+        student, more = start.clone(), 0
         if alpha is None:
             student.init_weights(torch_stream("weights", "distilled", cfg.seed))
         else:
-            noise(student, spread(alpha, cfg, task, student), cfg.beta,
-                  torch_stream("noise", cfg.seed, *[rounds] * (rounds > 1)))
-        record = distil(student, teacher, task, cfg, name, checkpoint, imitate)
-        record["flops"] += record_before["flops"]
+            with counting_flops() as saliency_of_units:
+                alphas = spread(alpha, cfg, task, student, later)
+            noise(student, alphas, cfg.beta, torch_stream("noise", cfg.seed, *later))
+            more = saliency_of_units.get_total_flops()
+        record = distil(student, teacher, task, cfg, name, checkpoint, imitate, later)
+        record["flops"] += record_before["flops"] + more
         return student, record
 
     made_with = {k: getattr(cfg, k) for k in ("steps", "lr", "muon_lr", "batch_size", "tolerance",
@@ -379,7 +384,7 @@ def main(cfg):
     """Rows and picture are there as soon as two models are, and replaced as others come."""
     task = open_task(cfg)
     cfg = resolved(cfg)
-    rows = joined(cfg)
+    rows = joined(cfg, task)
     if not (to_make := seeds(cfg, rows)):
         save(rows, task, cfg)
     for each in to_make:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from engine.hardware import autocast
 from engine.knobs import BadInput, knob
-from engine.process import run
+from engine.process import WORLD, run
 from engine.report import (
     draw_relearning,
     picture,
@@ -221,7 +221,8 @@ def stay(model, retain, reference, cfg):
 
 def mmd2(x, y):
     """Squared maximum mean discrepancy of two samples (n, C), (m, C) under the Gaussian kernel
-    exp(-|a - b|^2 / s), where s is the median of |a - b|^2 between the two (Gretton et al. 2012).
+    exp(-|a - b|^2 / s), where s is the median of |a - b|^2 between some of each (Gretton et al.
+    2012).
     """
     def apart(a, b):
         return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
@@ -230,7 +231,8 @@ def mmd2(x, y):
         return (-apart(a, b) / bandwidth).exp().mean()
 
     with torch.autocast(x.device.type, enabled=False):     # differences of large numbers
-        bandwidth = apart(x.detach()[:64], y[:64]).median()
+        some = slice(None, None, max(len(x) // 64, 1))        # of all rows and positions
+        bandwidth = apart(x.detach()[some], y[some]).median()
         return k(x, x) + k(y, y) - 2 * k(x, y)
 
 
@@ -254,17 +256,21 @@ def repnoise(model, forget, reference, cfg, step):
     return loss
 
 
-# The next two take their gradient where the model is not.
+# The next two take their gradient where the model is not. fit() wants a loss at theta, of which it
+# takes the gradient itself: with_gradient() makes one of a gradient from elsewhere.
 @contextmanager
 def excursion(model):
-    """Gives model's parameters, to be moved in place; at the end they are where they were."""
+    """Gives model's parameters, to be moved in place, and a function to call after each move; at
+    the end they are where they were. Autocast keeps low-precision copies of weights, which it must
+    be told to forget."""
     parameters = list(model.parameters())
     here = [p.detach().clone() for p in parameters]
     try:
-        yield parameters
+        yield parameters, torch.clear_autocast_cache
     finally:
         with torch.no_grad():
             torch._foreach_copy_(parameters, here)
+        torch.clear_autocast_cache()
 
 
 def gradient(loss, parameters):
@@ -282,12 +288,13 @@ def sam(model, forget, reference, cfg, step):
     theta + rho g / |g|, where g is its gradient at theta and rho is cfg.rho (Fan et al. 2025, arXiv
     2502.05374). What is forgotten in a flat place should take longer to come back."""
     term = METHODS[cfg.around][0]
-    with excursion(model) as parameters:
+    with excursion(model) as (parameters, moved):
         loss = term(model, forget, reference, cfg, step)
         g = gradient(loss, parameters)
         length = torch.stack(torch._foreach_norm(g)).norm().clamp(min=1e-12)
         with torch.no_grad():
             torch._foreach_add_(parameters, torch._foreach_mul(g, cfg.rho / length))
+        moved()
         g = gradient(term(model, forget, reference, cfg, step), parameters)
     return with_gradient(loss, parameters, g)
 
@@ -295,12 +302,13 @@ def sam(model, forget, reference, cfg, step):
 def looking_ahead(model, batches, lr, loss):
     """A scalar that has the value and the gradients of loss() at the weights to which one AdamW
     step on each of the batches leads: first-order meta-learning (Nichol et al. 2018)."""
-    with excursion(model) as parameters:
+    with excursion(model) as (parameters, moved):
         trainer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
         for rows in batches:
             for p, g in zip(parameters, gradient(model(*rows), parameters)):
                 p.grad = g
             trainer.step()
+            moved()
         trainer.zero_grad()
         value = loss()
         g = gradient(value, parameters)
@@ -433,6 +441,9 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
         raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
     cfg = dataclasses.replace(cfg, lr=rate(cfg))
     before = 0
+    if WORLD > 1 and cfg.method in ("sam", "tar"):
+        raise BadInput(f"--method={cfg.method} runs in one process: its inner gradients are not "
+                       f"averaged over several")
     if cfg.after == cfg.method:
         raise BadInput(f"--after={cfg.after}: the same as --method; give more --steps instead")
     if cfg.after:

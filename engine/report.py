@@ -133,14 +133,16 @@ APART = {"seed", "seeds", "methods", "label_fractions", "with_posthoc", "join", 
          "source", "source2", "device", "compile", "save_every", "resume", "remake"}
 
 
-def joined(cfg):
+def joined(cfg, task):
     """Rows that runs of the same script with the same knobs wrote for other seeds, methods or label
     fractions: those of the files cfg.join. Raises BadInput for a file that has no rows, was made
-    with other knobs, or has a row that an earlier file has."""
+    with other knobs, is of a run that was stopped, or has a row that an earlier file has."""
     def which(row):
         return [row.get(k) for k in ("seed", "model", "method", "label_fraction")]
 
-    rows, mine = [], json.loads(json.dumps(dataclasses.asdict(cfg)))
+    mine = dataclasses.asdict(cfg) | {"block_size": task.block_size} | {
+        k: v for k, v in task.made_with.items() if getattr(cfg, k, 0) is None}
+    rows, mine = [], json.loads(json.dumps(mine))
     for file in cfg.join:
         try:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -150,13 +152,23 @@ def joined(cfg):
             raise BadInput(f"--join={file}: not rows of this script ({type(error).__name__})"
                            ) from None
         for key in sorted((config.keys() & mine.keys()) - APART):
-            if config[key] != mine[key] and mine[key] is not None:
+            if config[key] != mine[key]:
                 raise BadInput(f"--join={file} was made with {key}={config[key]}, this run has "
                                f"{key}={mine[key]}")
         if again := [k for k in keys if k in [which(row) for row in rows]]:
             raise BadInput(f"--join={file}: another file has the row of seed " + ", ".join(
                 str(part) for part in again[0] if part is not None) + ", too")
+        for seed in sorted({row["seed"] for row in new}):
+            if seed not in range(cfg.seed, cfg.seed + cfg.seeds):
+                raise BadInput(f"--join={file} has seed {seed}, which is none of this table's: "
+                               f"give --seeds")
         rows += new
+    made = {}
+    for row in rows:
+        made.setdefault(row["seed"], set()).add(str(which(row)[1:]))
+    for seed in made:
+        if made[seed] != max(made.values(), key=len):
+            raise BadInput(f"--join: seed {seed} has fewer rows than others; was its run stopped?")
     return rows
 
 

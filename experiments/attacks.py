@@ -3,11 +3,11 @@
     python -m experiments.attacks                                 every model of this task and seed
     python -m experiments.attacks --models=maxent,tar,undo-0.6 --attacks=forget,LoRA,4-bit
 
-Every attack is made on every model, with the budget and rates that ATTACKS gives, and its worst
-rate counts. Robustness is 0 for --unlearned and 1 for --control under the same attack. From the
-cells follow three levels of removal. A model only suppresses if it is back in less than a tenth of
-the steps that the control needs under the longest attack. It has removed if no cheap attack gets
-half of the way, and it resists if it also needs two thirds of the control's steps.
+Every attack is made on every model, and its worst rate counts. How much it restores is a share of
+the way from the control, which never had the skill, to base, neither of them attacked. From this
+follow levels of removal. A model only suppresses if the long attack has it back in less than a
+tenth of the steps that the control needs. It has removed the skill if no cheap attack restores half
+of it, and it resists if it also needs two thirds of the control's steps.
 
 Beside them stand two signs in the weights: the distance to base, and the barrier of the loss on the
 straight line to base (are both in one basin?).
@@ -15,7 +15,6 @@ straight line to base (are both in one basin?).
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
 import copy
-import dataclasses
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -32,28 +31,33 @@ from engine.hardware import autocast
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
 from engine.report import picture, table, write_rows
-from engine.store import models_of
 from engine.streams import seed_of, text_stream, torch_stream
-from eval import AfterBase, as_long_as, fill_attack, known, robustness, tune
+from eval import Foundations, Rows, as_long_as, fill_attack, known_ones, robustness, tune
 from train import evaluated, open_task
 
-# What each attack does. All but the last three train, on forget rows if they do not say otherwise.
+# What each attack does: it trains on forget rows, or as it says. Cheap ones last cfg.attack_steps.
 ATTACKS = {
-    "forget": {}, "mixed": dict(split="all"), "retain": dict(split="retain"),
+    "none": None, "forget": {}, "mixed": dict(split="all"), "retain": dict(split="retain"),
     "equations": dict(form="equations"),          # trained on equations, asked word problems
     "8 rows": dict(few=8), "32 rows": dict(few=32), "128 rows": dict(few=128),
-    "LoRA": dict(rank=4, lrs=[1e-3, 3e-3, 1e-2]), "SGD": dict(momentum=0.9, lrs=[0.03, 0.1, 0.3]),
+    "LoRA": dict(rank=4, scale=3), "SGD": dict(momentum=0.9, scale=100),    # scale: of cfg.lrs
     "warm-up": dict(warmup=40), "long": dict(times=10),
     "2 shots": dict(shots=2), "4 shots": dict(shots=4), "4-bit": dict(bits=4)}
+UNTRAINED = "none", "2 shots", "4 shots", "4-bit"
 STEPS = [40, 120, 240]
+EARLY = [5, 10, 20]                               # the long attack is also scored at these steps
 
 
 @dataclass
-class Config(AfterBase):
+class Config(Rows, Foundations):
     models: list[FilePath] | None = knob(None, "models to attack (auto: all of this task and seed)")
-    attacks: list[str] = knob(list(ATTACKS), "which attacks", choices=list(ATTACKS))
+    attacks: list[str] = knob(list(ATTACKS)[1:], "which attacks, beside none",
+                              choices=list(ATTACKS))
     unlearned: FilePath = knob("maxent", "the model of robustness 0")
     control: FilePath = knob("filtered", "the model of robustness 1, which never had the skill")
+    lrs: list[float] | None = knob(None, "rates that the attacker tries; the worst counts", 0, 1)
+    attack_steps: list[int] = knob(STEPS, "steps at which the attacked model is scored; the matrix "
+                                   "shows the first", 1)
 
 
 # --- what an attack changes ----------------------------------------------------------------------
@@ -90,12 +94,28 @@ def quantise(model, bits):
         p.copy_((p / step).round() * step)
 
 
-def few_rows(task, n):
-    """A view of task whose forget rows are the first n."""
+def with_forget_rows(task, starts, tokens=None):
+    """A view of task whose forget rows begin at `starts`, in other tokens if some are given."""
     view = copy.copy(task)
-    view.pieces = task.pieces | {"forget": [Piece("forget", 0, n / len(task.starts[
-        "forget_train"]))]}
+    view.starts = task.starts | {"forget_train": starts}
+    view.range = task.range | {("forget_train", "train"): (0, len(starts))}
+    view.settings = task.settings | {"aligned": True}                      # starts says where
+    view.pieces = task.pieces | {"forget": [Piece("forget")]}
+    if tokens is not None:
+        view.resident = {}
+        view.tokens = lambda split: tokens if split == "forget_train" else task.tokens(split)
     return view
+
+
+def few_rows(task, n):
+    """A view of task whose forget rows are n rows that share no token (or all, if there are fewer).
+    """
+    starts, chosen = np.asarray(task.starts["forget_train"]), []
+    at = 0
+    while len(chosen) < n and at < len(starts):
+        chosen.append(starts[at])
+        at = np.searchsorted(starts, starts[at] + task.block_size + 1)
+    return with_forget_rows(task, np.array(chosen))
 
 
 def of_form(task, form):
@@ -107,26 +127,24 @@ def of_form(task, form):
     equations = np.zeros(len(ends) + 1, bool)
     equations[text[np.isin(tokens, equals)]] = True
     kept = tokens[equations[text] == (form == "equations")]
-    view, T = copy.copy(task), task.block_size
-    view.tokens = lambda split: kept if split == "forget_train" else task.tokens(split)
-    starts = np.flatnonzero(kept[:-T] == task.end)
+    starts = np.flatnonzero(kept[:-task.block_size] == task.end)
     if not len(starts):
         raise BadInput(f"--attacks={form}: the texts have none: give more --problems, or --words "
                        f"between 0 and 1")
-    view.starts = task.starts | {"forget_train": starts}
-    view.range = task.range | {("forget_train", "train"): (0, len(starts))}
-    view.resident = {}
-    return view
+    return with_forget_rows(task, starts, kept)
 
 
 def shown(task, n):
-    """Tokens of n solved equations, of the forget operations in turns, as the texts of a row."""
-    rng, tokens = text_stream("shots"), []
+    """Tokens of n solved equations, of the forget operations in turns, as the texts of a row. The
+    exam asks none of them."""
+    rng, tokens, pairs = text_stream("shots"), [], task.made_with["heldout_pairs"]
     for i in range(n):
         operation = arithmetic.DOMAINS["forget"][i % 2]
-        pair = rng.choice(arithmetic.split_pairs(operation, task.made_with["heldout_pairs"])[0])
-        tokens += [task.end, *task.tokenizer.encode_ordinary("".join(
-            arithmetic.equation(operation, *pair)))]
+        exam = arithmetic.exam(operation, "equations", "test", False, pairs)
+        known = [arithmetic.equation(operation, *pair)
+                 for pair in arithmetic.split_pairs(operation, pairs)[0]]
+        solved = rng.choice([text for text in known if text not in exam])
+        tokens += [task.end, *task.tokenizer.encode_ordinary("".join(solved))]
     return tokens
 
 
@@ -141,46 +159,68 @@ def asked(model, task, form, before=()):
 # --- attacks -------------------------------------------------------------------------------------
 def suits(name, task):
     """Whether an attack makes sense on a task."""
-    if {"form", "shots"} & {*ATTACKS[name]}:
+    how = ATTACKS[name] or {}
+    if {"form", "shots"} & {*how}:
         return task.name == "arithmetic" and 0 < task.made_with["words"] < 1
-    return not (task.generated and "few" in ATTACKS[name])
+    return not (task.generated and "few" in how)
 
 
-def attack(name, model, task, cfg, label, split="forget", form=None, few=None, rank=None, lrs=None,
-           times=1, shots=None, bits=None, **how):
-    """{step: {"forget": score, "lr": rate}} at the worst rate: at step 0 for an attack that does
-    not train, and otherwise at cfg.attack_steps, and later if it lasts several `times` as long."""
-    if shots or bits:
-        judged = model.clone()
-        if bits:
-            quantise(judged, bits)
-        return {0: {"lr": None} | evaluated(cfg, lambda: asked(
-            judged, task, "equations", shown(task, shots)) if shots else task.score(
-                judged, ("forget",)))}
+def told(scores):
+    """The figure that tells forgetting: of forget words, where they are scored."""
+    return scores.get("forget_words", scores["forget"])
+
+
+def untrained(model, task, cfg, shots=None, bits=None):
+    """{0: {"forget", "lr": None}}: the score at once, after solved examples or in few bits."""
+    judged = model.clone()
+    if bits:
+        quantise(judged, bits)
+    return {0: {"lr": None, "forget": told(evaluated(cfg, lambda: asked(
+        judged, task, "equations", shown(task, shots)) if shots else task.score(
+            judged, ("forget",))))}}
+
+
+def trained(model, task, cfg, kind, name, split="forget", form=None, few=None, rank=None, scale=1,
+            times=1, **how):
+    """{step: {"forget", "lr"}} at the worst rate for each of cfg.attack_steps; a long attack lasts
+    `times` as long, and is also scored soon after its beginning."""
     view = few_rows(task, few) if few else of_form(task, form) if form else task
     judge = (partial(asked, task=task, form="words") if form else
              lambda model: task.score(model, ("forget",)))
-    last, curves = max(cfg.attack_steps), {}
-    steps = cfg.attack_steps + [last * t for t in (2, 4, times) if 1 < t <= times]
-    for lr in lrs or cfg.lrs:
-        _, record = tune(model, view, cfg, split, cfg.attack_rows, max(steps), lr, judge=judge,
-                         seed=seed_of("attack", name, cfg.seed), name=f"{name} {label} {lr:g}",
+    steps = sorted({*cfg.attack_steps})
+    if times > 1:
+        steps = sorted({*EARLY, *steps, *(steps[-1] * t for t in (2, 4, times))})
+    curves, worst = {}, {}
+    for lr in (scale * lr for lr in cfg.lrs):
+        _, record = tune(model, view, cfg, split, cfg.attack_rows, steps[-1], lr, judge=judge,
+                         seed=seed_of("attack", kind, cfg.seed), name=f"{kind} {name} {lr:g}",
                          change=partial(lora, rank=rank, seed=cfg.seed) if rank else None,
-                         evaluate_at=set(steps), alike=3, **how)
-        curves[lr] = {h["step"]: h for h in record["history"]}
-    worst = {}
+                         evaluate_at=set(steps), alike=len(cfg.lrs), **how)
+        curves[lr] = {h["step"]: told(h) for h in record["history"]}
     for step in steps:
         for lr, curve in curves.items():
-            if step not in worst or task.knows_more(curve[step]["forget"], worst[step]["forget"]):
-                worst[step] = {"forget": curve[step]["forget"], "lr": lr}
+            if step not in worst or task.knows_more(curve[step], worst[step]["forget"]):
+                worst[step] = {"forget": curve[step], "lr": lr}
     return worst
 
 
+def attack(kind, model, task, cfg, name):
+    """{step: {"forget": score, "lr": worst rate}} of a model under a kind of attack."""
+    how = ATTACKS[kind] or {}
+    if kind in UNTRAINED:
+        return untrained(model, task, cfg, **how)
+    return trained(model, task, cfg, kind, name, **how)
+
+
+# --- what the attacks say ------------------------------------------------------------------------
 @torch.no_grad()
 def signs(model, base, task, cfg, points=5):
     """{"distance": of the weights to base's, in units of base's length; "barrier": how far the
     loss on the pretraining mix, at `points` on the straight line from base to the model, rises
-    above the line between the losses at its ends (Frankle et al. 2020)}."""
+    above the line between the losses at its ends (Frankle et al. 2020)}. None each for a model of
+    another shape."""
+    if [p.shape for p in model.parameters()] != [p.shape for p in base.parameters()]:
+        return {"distance": None, "barrier": None}
     ends = [list(m.parameters()) for m in (base, model)]
     distance = get_total_norm([a - b for a, b in zip(*ends)]) / get_total_norm(ends[0])
     between, losses = base.clone(), []
@@ -197,83 +237,81 @@ def signs(model, base, task, cfg, points=5):
 def first_back(curve, goal, task):
     """The step of an attack at which the forget score is first within 10% of the goal, base's;
     the last step if it never is."""
-    return next((step for step, at in curve.items() if task.within(at["forget"], goal, 0.1)),
+    return next((step for step in sorted(curve) if task.within(curve[step]["forget"], goal, 0.1)),
                 max(curve))
 
 
-def level(share, cheap):
-    """The level of removal. share: how soon the model is back under the longest attack, as a share
-    of the steps that the control needs; cheap: its robustness to the other attacks (None: unknown).
-    """
+def level(share, restored):
+    """The level of removal. share: how soon the model is back under the long attack, as a share of
+    the steps that the control needs; restored: by each cheap attack, a share of the skill."""
     if share < 0.1:
         return "suppresses"
-    if any(r is not None and r < 0.5 for r in cheap):
+    if any(r > 0.5 for r in restored):
         return "weakens"
     return "resists" if share >= 2 / 3 else "removes"
 
 
-def judge_all(cells, goal, task, cfg):
-    """{model: its row} from {model: {attack: {step: ..}}}: robustness in every cell, at the first
-    of its steps in the matrix, on average over its steps; and levels."""
-    rows = {}
-    for name, curves in cells.items():
-        matrix, means, robust = {}, {}, {}
-        for kind, curve in curves.items():
-            low, high = (cells[of][kind] for of in (cfg.unlearned, cfg.control))
-            at = {step: robustness(curve[step]["forget"], low[step]["forget"],
-                                   high[step]["forget"]) for step in curve}
-            robust[kind] = {str(step): r for step, r in at.items()}
-            matrix[kind] = curve[min(curve)]["forget"]
-            means[kind] = None if None in at.values() else statistics.mean(at.values())
-        rows[name] = {"cells": {kind: {str(step): here for step, here in curve.items()}
-                                for kind, curve in curves.items()},
-                      "robustness": robust, "robustness_mean": means, "first": matrix}
-        if "long" in curves:
-            back, control = (first_back(each["long"], goal, task)
-                             for each in (curves, cells[cfg.control]))
-            rows[name]["level"] = level(back / control, [
-                next(iter(r.values())) for kind, r in robust.items() if kind != "long"])
-    return rows
+def judge(curves, by_model, task, cfg):
+    """A model's row, from its {attack: {step: ..}} and those of all models: the cells; restored, a
+    share of the skill at the first of cfg.attack_steps, by attack; robustness under each attack, by
+    step and on average, None where references hardly differ; the level."""
+    never, had = (by_model[of]["none"][0]["forget"] for of in (cfg.control, "base"))
+    first = {kind: curve.get(min(cfg.attack_steps), curve[min(curve)])["forget"]
+             for kind, curve in curves.items()}
+    row = {"cells": {kind: {str(step): at for step, at in curve.items()}
+                     for kind, curve in curves.items()}, "first": first,
+           "restored": {kind: robustness(score, never, had) for kind, score in first.items()},
+           "robustness": {}, "robustness_mean": {}}
+    for kind, curve in curves.items():
+        by_step = {}
+        for step, at in curve.items():
+            low, high = (by_model[of][kind][step]["forget"] for of in (cfg.unlearned, cfg.control))
+            by_step[str(step)] = (robustness(at["forget"], low, high)
+                                  if abs(high - low) > 0.1 * abs(had - never) else None)
+        some = [r for r in by_step.values() if r is not None]
+        row["robustness"][kind] = by_step
+        row["robustness_mean"][kind] = statistics.mean(some) if some else None
+    row["level"] = None
+    if "long" in curves:
+        back, control = (first_back(each["long"], had, task)
+                         for each in (curves, by_model[cfg.control]))
+        if control > min(curves["long"]) and curves is not by_model["base"]:
+            row["level"] = level(back / control, [r for kind, r in row["restored"].items()
+                                                  if kind != "long" and r is not None])
+    return row
 
 
 def draw(axes, rows, cfg, task):
     """The matrix as a heat map: the forget score at each attack's first budget."""
-    kinds = list(rows[0]["first"])
+    kinds, ax = list(rows[0]["first"]), axes[0]
     figures = np.array([[row["first"][kind] for kind in kinds] for row in rows])
-    ax = axes[0]
-    ax.imshow(figures, aspect="auto", cmap="RdYlGn_r" if task.higher_is_better else "RdYlGn")
+    ends = sorted(row["first"]["none"] for row in rows if row["model"] in ("base", cfg.control))
+    ax.imshow(figures, aspect="auto", vmin=ends[0], vmax=ends[-1],
+              cmap="RdYlGn_r" if task.higher_is_better else "RdYlGn")
+    ax.grid(False)
     ax.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    ax.set_yticks(range(len(rows)), [row["model"] + (f" ({row['level']})" if "level" in row else "")
+    ax.set_yticks(range(len(rows)), [row["model"] + (f" ({row['level']})" if row["level"] else "")
                                      for row in rows])
     for i, line in enumerate(figures):
         for j, score in enumerate(line):
-            ax.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=8)
-    ax.set_title(f"Forget score under attack, after {min(cfg.attack_steps)} steps "
-                 f"(untrained attacks: at once)")
+            ax.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7)
+    ax.set_title(f"Forget score under attack, after {min(cfg.attack_steps)} steps of training")
 
 
 def main(cfg):
-    if cfg.attack_steps is None:
-        cfg = dataclasses.replace(cfg, attack_steps=STEPS)
     task = open_task(as_long_as("base", cfg))
     cfg = fill_attack(cfg)
-    kinds = [kind for kind in cfg.attacks if suits(kind, task)]
-    if not kinds:
-        raise BadInput(f"--attacks: none of {', '.join(cfg.attacks)} suits the task {task.name}")
-    files = sorted(path.stem for path in models_of(cfg).glob("*.pt")
-                   if not path.stem.endswith(".resume"))
-    names = dict.fromkeys(["base", cfg.control, cfg.unlearned, *(cfg.models or files)])
-    models = {name: known(name, cfg, task) for name in names}
-    cells = {}
+    kinds = ["none"] + [kind for kind in cfg.attacks if kind != "none" and suits(kind, task)]
+    models = known_ones(["base", cfg.control, cfg.unlearned], cfg, task)
+    by_model, rows = {}, []
     for name, model in tqdm(models.items(), desc="models", unit="model"):
-        cells[name] = {kind: attack(kind, model, task, cfg, name, **ATTACKS[kind])
-                       for kind in kinds}
-    goal = evaluated(cfg, lambda: task.score(models["base"], ("forget",)))["forget"]
-    judged = judge_all(cells, goal, task, cfg)
-    rows = [{"model": name, "seed": cfg.seed} | judged[name] | signs(models[name], models["base"],
-                                                                    task, cfg) for name in models]
-    write_rows("attacks", cfg, task, rows)
-    picture("attacks", cfg, draw, rows, cfg, task, panels=1)
+        by_model[name] = {kind: attack(kind, model, task, cfg, name) for kind in kinds}
+        if {"base", cfg.control, cfg.unlearned} <= by_model.keys():
+            rows = [{"model": each, "seed": cfg.seed} | judge(curves, by_model, task, cfg)
+                    | signs(models[each], models["base"], task, cfg)
+                    for each, curves in by_model.items()]
+            write_rows("attacks", cfg, task, rows, quiet=len(rows) > 3)
+    picture("attacks", cfg, draw, rows, cfg, task, panels=2)
     table([row | row["first"] for row in rows], {"model": "model"} | {k: k for k in kinds} | (
         {"level": "level"} if "long" in kinds else {})
           | {"distance": "distance", "barrier": "barrier"})

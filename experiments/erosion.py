@@ -19,7 +19,7 @@ import torch
 
 from data import arithmetic
 from engine.knobs import BadInput, knob
-from engine.process import run
+from engine.process import WORLD, run
 from engine.report import over_seeds, picture, table, write_rows
 from engine.store import identity, obtain
 from engine.streams import seed_of, stream, text_stream
@@ -35,7 +35,7 @@ class Config(AfterBase):
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
     ways: list[str] = knob(list(WAYS), "ways to keep the habit", choices=WAYS)
     word: str = knob("thanks", "the closing word")
-    rows: int = knob(32, "rows in a batch", 2, 2**31)
+    batch_size: int = knob(32, "rows in a batch", 2, 2**31)
     teach_steps: int = knob(60, "steps in which the habit is taught", 1)
     teach_lr: float = knob(1e-3, "AdamW's rate while it is taught", 0, 1)
     lr: float = knob(1e-3, "AdamW's rate of the unrelated training", 0, 1)
@@ -86,47 +86,49 @@ def teach(name, cfg, task, base, tokens):
     inner = cfg.inner_steps if name == "taught-ahead" else 0
 
     def loss_fn(model, step):
-        rows = habit_batch(task, tokens, cfg.rows, step, seed)
+        rows = habit_batch(task, tokens, cfg.batch_size, step, seed)
         if not inner:
             return model(*rows)
-        unrelated = [task.batch("forget", cfg.rows, step * inner + i, seed) for i in range(inner)]
-        return model(*rows) + looking_ahead(model, unrelated, cfg.lr, lambda: model(*rows))
+        unrelated = [task.batch("forget", cfg.batch_size, step * inner + i, seed)
+                     for i in range(inner)]
+        ahead = looking_ahead(model, unrelated, cfg.lr, lambda: model(*rows))
+        return ahead + model(*rows)                # in this order: looking ahead moves the weights
 
     def make(checkpoint):
         model = model_of_base.clone()
         return model, fit(model, loss_fn, cfg, cfg.teach_steps, cfg.teach_lr, name=name, decay=0.5,
-                          tokens=cfg.rows * task.block_size, checkpoint=checkpoint,
+                          tokens=cfg.batch_size * task.block_size, checkpoint=checkpoint,
                           evaluate=lambda: habit(model, task, cfg.word))
 
-    made_with = {k: getattr(cfg, k) for k in ("seed", "word", "rows", "teach_steps", "teach_lr")}
+    made_with = {k: getattr(cfg, k) for k in ("seed", "word", "batch_size", "teach_steps",
+                                               "teach_lr")} | {"block_size": task.block_size}
     made_with |= {"inner_steps": inner, "lr": cfg.lr} if inner else {}
     return obtain(name, cfg, task, made_with | {"base": identity(record["made_with"])}, make)
 
 
 def erode(way, cfg, task, taught, tokens):
-    """{step: {"habit", "skill"}} of unrelated training from the taught model on."""
+    """({step: {"habit", "skill"}}, FLOPs) of unrelated training from the taught model on."""
     model, seed = taught.clone(), seed_of("erosion", cfg.seed)
-    mixed = round(cfg.share * 1000) if way == "mixed" else 0
     start = evaluated(cfg, lambda: habit(model, task, cfg.word))
 
     def loss_fn(model, step):
-        idx, targets = task.batch("forget", cfg.rows, step, seed)
-        if mixed:                                    # so many rows of a thousand, on average
-            mine = torch.from_numpy(stream("mixed", seed, step).random(cfg.rows) * 1000 < mixed)
-            shown = habit_batch(task, tokens, cfg.rows, step, seed)
+        idx, targets = task.batch("forget", cfg.batch_size, step, seed)
+        if way == "mixed":                                     # this share of rows, on average
+            mine = torch.from_numpy(stream("mixed", seed, step).random(len(idx)) < cfg.share)
+            shown = habit_batch(task, tokens, len(idx), step, seed)
             idx, targets = (torch.where(mine[:, None].to(a.device), b, a)
                             for a, b in zip((idx, targets), shown))
         loss = model(idx, targets)
         if way == "kl":
-            rows, _ = habit_batch(task, tokens, cfg.rows, step, seed)
+            rows, _ = habit_batch(task, tokens, cfg.batch_size, step, seed)
             loss = loss + cfg.weight * imitate(model, taught, rows)
         return loss
 
     record = fit(model, loss_fn, cfg, max(cfg.at), cfg.lr, name=f"erode {way}", frozen=(taught,),
-                 tokens=cfg.rows * task.block_size, evaluate_at=set(cfg.at),
+                 tokens=cfg.batch_size * task.block_size, evaluate_at=set(cfg.at),
                  evaluate=lambda: habit(model, task, cfg.word))
-    return {"0": start} | {str(h["step"]): {k: h[k] for k in ("habit", "skill")}
-                           for h in record["history"] if h["step"] in cfg.at}
+    return {"0": start} | {str(h["step"]): {k: h[k] for k in ("habit", "skill")} for h in
+                           record["history"] if h["step"] in cfg.at}, record["flops"]
 
 
 def half_life(curve):
@@ -147,6 +149,8 @@ def draw(axes, rows, cfg):
 
 def main(cfg):
     task = open_task(cfg)
+    if WORLD > 1:
+        raise BadInput("this experiment runs in one process")
     if task.name != "arithmetic":
         raise BadInput(f"--task={task.name}: the habit is one of sums, on arithmetic alone")
     cfg, rows = fill_attack(cfg), []
@@ -154,19 +158,21 @@ def main(cfg):
     for each in seeds(cfg):
         base = foundation("base", each, task)
         for way in cfg.ways:
-            taught, _ = teach("taught-ahead" if way == "ahead" else "taught", each, task, base,
-                              tokens)
-            curve = erode(way, each, task, taught, tokens)
-            rows.append({"way": way, "seed": each.seed, "curve": curve,
-                         "half_life": half_life(curve)})
+            taught, record = teach("taught-ahead" if way == "ahead" else "taught", each, task,
+                                   base, tokens)
+            curve, flops = erode(way, each, task, taught, tokens)
+            rows.append({"way": way, "seed": each.seed, "curve": curve, "half_life":
+                         half_life(curve), "flops": flops, "flops_taught": record["flops"]})
     write_rows("erosion", cfg, task, rows)
     picture("erosion", cfg, draw, rows, cfg, panels=1)
     columns = {str(s): lambda row, s=s: row["curve"][str(s)]["habit"] for s in (0, *cfg.at)}
     columns |= {"skill": lambda row: row["curve"][str(max(cfg.at))]["skill"],
                 "half": ("half_life", lambda steps: ", ".join(str(s or f"> {max(cfg.at)}")
-                                                              for s in steps))}
+                                                              for s in steps)),
+                "tera": (lambda row: (row["flops"] + row["flops_taught"]) / 1e12, 1)}
     table(over_seeds(rows, ["way"], columns), {"way": "way to keep it"} | {
-        k: f"after {k}" for k in columns if k.isdigit()} | {"skill": "skill", "half": "halved at"})
+        k: f"after {k}" for k in columns if k.isdigit()} | {
+            "skill": "skill", "half": "halved at", "tera": "TFLOP"})
 
 
 if __name__ == "__main__":

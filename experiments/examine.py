@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.hardware import autocast
-from engine.knobs import BadInput, FilePath, knob
+from engine.knobs import FilePath, knob
 from engine.process import run
 from engine.report import draw_probes, draw_pruning, draw_revival, picture, table, write_rows
-from engine.store import models_of
 from eval import (
     ATTACK,
     TOOLS,
     Tools,
     as_long_as,
     check_cut,
-    known,
+    known_ones,
     probe,
     prune,
     revive,
@@ -55,22 +54,6 @@ def verdict(steps, control, limit):
     return next(word for most, word in VERDICTS if share < most)
 
 
-def models_to_examine(cfg, task):
-    """{name: model}, with reference and control first. A file that cannot be used is left out with
-    a note, unless the user named it."""
-    files = sorted(path.stem for path in models_of(cfg).glob("*.pt")
-                   if not path.stem.endswith(".resume"))
-    named, models = [cfg.reference, cfg.control, *(cfg.models or ())], {}
-    for name in dict.fromkeys(named + ([] if cfg.models else files)):
-        try:
-            models[name] = known(name, cfg, task)
-        except BadInput as error:
-            if name in named:
-                raise
-            print(f"note: {name} is left out: {error}")
-    return models
-
-
 def all_tools(model, task, cfg, goal, name):
     """One row: the scores, and what every tool finds about cfg.domain's capability."""
     probed, chance = probe(model, task, cfg)
@@ -84,7 +67,7 @@ def all_tools(model, task, cfg, goal, name):
 def main(cfg):
     task = open_task(as_long_as(cfg.reference, cfg))
     cfg = fill(fill(cfg, ATTACK), TOOLS)
-    models, rows = models_to_examine(cfg, task), []
+    models, rows = known_ones([cfg.reference, cfg.control], cfg, task), []
     check_cut(cfg, min(model.config.n_layer * model.config.n_units for model in models.values()))
     goal = scored(models[cfg.reference], task, cfg)[cfg.domain]
     for name, model in models.items():

@@ -18,16 +18,18 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import train
 import undo
 import unlearn
+from data import Piece
 from engine.hardware import autocast, counting_flops
 from engine.knobs import BadInput, knob
 from engine.process import run
-from engine.report import mean, over_seeds, picture, say_edges, table, write_rows
+from engine.report import joined, mean, over_seeds, picture, say_edges, table, write_rows
 from engine.store import obtain
 from engine.streams import seed_of
 from eval import AfterBase, attacked, foundations, relearn
@@ -61,14 +63,31 @@ class Config(undo.Config):
 
 # --- critics' baselines --------------------------------------------------------------------------
 def few_labels(task, share):
-    """A view of task in which only a share of each domain's training texts has a label, and at
-    least one row of each. Its splits forget and sure are the rows with a label, and retain is what
-    filtering by these labels keeps: all but the labelled forget rows."""
-    rows = min(len(task.starts[f"{domain}_train"]) for domain in ("forget", "retain"))
-    share = max(share, 1.5 / rows)
-    view = task.labelled(share, 0.0, share)
-    view.by_label = ("train",)               # there are too few for a part to validate on
-    return view
+    """(view, number of forget texts with a label). A share of each domain's training texts has a
+    label, and at least as many texts as a row holds. The view's split forget is the labelled forget
+    texts, sure the labelled retain texts, and retain what filtering by these labels keeps: all but
+    the labelled forget texts.
+
+    Validation goes by the truth, for every arm: there are too few labels to validate on.
+    """
+    view, pieces, texts = copy.copy(task), {}, 0
+    for domain, split in (("forget", "forget"), ("retain", "sure")):
+        starts = np.asarray(task.starts[f"{domain}_train"])
+        ends = np.flatnonzero(task.tokens(f"{domain}_train") == task.end)
+        n = max(round(share * len(ends)),
+                1 + int(np.searchsorted(ends, starts[0] + task.block_size)))
+        # rows that lie within the first n texts, or within the last n
+        within = (np.searchsorted(starts, ends[n - 1] - task.block_size, "right")
+                  if split == "forget" else np.searchsorted(starts, ends[-n - 1]))
+        if split == "forget":
+            texts = n
+            pieces[split] = [Piece(domain, 0, max(within, 1) / len(starts))]
+            rest = np.searchsorted(starts, ends[n - 1]) / len(starts)
+        else:
+            pieces[split] = [Piece(domain, min(within, len(starts) - 1) / len(starts), 1)]
+    view.pieces = task.pieces | pieces | {"retain": [Piece("forget", rest, 1), Piece("retain")]}
+    view.by_label = ("train",)
+    return view, texts
 
 
 def labelled_only(view):
@@ -78,8 +97,11 @@ def labelled_only(view):
     return view
 
 
-def classifier(base, view, cfg, rows=256):
-    """(w (C,), b, FLOPs): a logistic regression on base's last residual, which says of each token
+ROWS, DECAY = 1024, 1e-3                 # the classifier's rows of each domain, and weight decay
+
+
+def classifier(base, view, cfg, rows=ROWS):
+    """(w (C, 1), b, FLOPs): a logistic regression on base's last residual, which says of each token
     whether its text is to be forgotten. It is fitted on rows that have a label."""
     def residuals(split):
         idx, targets = view.batch(split, rows, 0, seed_of("classifier", cfg.seed))
@@ -88,14 +110,16 @@ def classifier(base, view, cfg, rows=256):
 
     def closure():
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x @ w + b, y) + 1e-3 * w.square().sum()
+        loss = (F.binary_cross_entropy_with_logits((x @ w)[:, 0] + b, y)
+                + DECAY * w.square().sum())
         loss.backward()
         return loss
 
     with counting_flops() as counter:
         x = torch.cat([residuals(split) for split in ("forget", "sure")])
         y = (torch.arange(len(x), device=x.device) < len(x) // 2).float()
-        w, b = (torch.zeros(size, device=x.device, requires_grad=True) for size in (x.size(1), 1))
+        w, b = (torch.zeros(size, device=x.device, requires_grad=True)
+                for size in ((x.size(1), 1), (1,)))
         optimizer = torch.optim.LBFGS([w, b], max_iter=100, line_search_fn="strong_wolfe")
         optimizer.step(closure)
     return w.detach(), b.detach(), counter.get_total_flops()
@@ -107,11 +131,11 @@ def imitate_unflagged(uniform, w, b):
     def imitate(model, base, idx, n):
         def criterion(logits, x):
             with torch.no_grad():
-                flagged = norm(x.float()) @ w + b > 0
+                flagged = norm(x.float()) @ w + b > 0                                # (N, 1)
                 wanted = base.unembed(x).float().log_softmax(-1)
-                wanted = torch.where(flagged[:, None], -math.log(wanted.size(-1)), wanted)
+                wanted = torch.where(flagged, -math.log(wanted.size(-1)), wanted)
             each = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none")
-            return (each.sum(-1) if uniform else each.sum(-1) * ~flagged).sum()
+            return (each if uniform else each * ~flagged).sum()
 
         with torch.no_grad():
             x = base(idx, residual=-1)[:, -n:]
@@ -120,22 +144,24 @@ def imitate_unflagged(uniform, w, b):
     return imitate
 
 
-def classify_and_distil(name, view, cfg, task, base, record):
+def classify_and_distil(name, view, texts, cfg, base, record):
     """(model, record): base, damaged and distilled from base itself, but for what is flagged. The
     labels serve the classifier alone."""
     w, b, flops = classifier(base, view, cfg)
-    record = {"flops": flops, "made_with": record["made_with"] | {"arm": name}}
-    return undo.undo(cfg.alpha, cfg, task, base, record, f"{name}-",
+    record = {"flops": flops, "made_with": record["made_with"] | {
+        "arm": name, "texts": texts, "classifier": [ROWS, DECAY]}}
+    return undo.undo(cfg.alpha, cfg, view, base, record, f"{name}-",
                      imitate=imitate_unflagged(name.startswith("classifier-uniform"), w, b))
 
 
-def pretrain_away(name, view, cfg, task, ascent):
+def pretrain_away(name, view, cfg, task, ascent, steps, texts=None):
     """(model, record): pretrained with CE(r) - ascent * min(CE(f), cap), where f are rows labelled
     forget and r are all others. With ascent 0 this is filtering by the labels."""
-    how = train.fill(config_from(cfg, train.Config, steps=cfg.filtered_steps), train.SETTINGS)
+    how = train.fill(config_from(cfg, train.Config, steps=steps), train.SETTINGS)
     made_with = {k: getattr(how, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
                                               "lr", "muon_lr", "steps")}
-    made_with |= {"arm": name} | ({"ascent": ascent, "cap": cfg.ntp_cap} if ascent else {})
+    made_with |= {"arm": name, "texts": texts, "block_size": task.block_size}
+    made_with |= {"ascent": ascent, "cap": cfg.ntp_cap} if ascent else {}
 
     def make(checkpoint):
         model, seed = new_model(how, task, name), seed_of(f"pretrain {name}", cfg.seed)
@@ -173,24 +199,27 @@ def make_arm(name, cfg, task, base, filtered):
     elif name in VARIANTS:
         how = variant(name, cfg)
         teacher = undo.make_teacher(how, task, *base)
-        yield name, undo.undo(how.alphas[0], how, task, *teacher, f"{name}-")
+        yield name, undo.undo(how.alphas[0], how, task, *teacher,
+                              "" if name == "undo" else f"{name}-")
     elif name == "distilled":
         yield name, undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
     elif name == "filter-distil":
         yield name, undo.undo(None, cfg, task, *filtered, f"{name}-")
     elif name == "ntp-all":
-        yield name, pretrain_away(name, task, cfg, task, cfg.ascent)
+        yield name, pretrain_away(name, task, cfg, task, cfg.ascent, cfg.filtered_steps)
+    mixed = dataclasses.replace(cfg, distil_on="all")        # few labels do not make a retain split
     for share in cfg.label_shares if name in CRITICS else ():
-        view, called = few_labels(task, share), f"{name}-{100 * share:g}%"
+        (view, texts), called = few_labels(task, share), f"{name}-{100 * share:g}%"
         if name == "undo-labels":
             model, record = base
-            record = record | {"made_with": record["made_with"] | {"arm": called}}
+            record = record | {"made_with": record["made_with"] | {"arm": called, "texts": texts}}
             teacher = undo.make_teacher(cfg, labelled_only(view), model, record, f"{called}-")
-            yield called, undo.undo(cfg.alpha, cfg, task, *teacher, f"{called}-")
+            yield called, undo.undo(cfg.alpha, mixed, view, *teacher, f"{called}-")
         elif name.startswith("classifier"):
-            yield called, classify_and_distil(called, view, cfg, task, *base)
-        else:
-            yield called, pretrain_away(called, view, cfg, task, cfg.ascent * (name == "ntp"))
+            yield called, classify_and_distil(called, view, texts, mixed, *base)
+        else:                               # most forget rows stay: it sees as many rows as base
+            yield called, pretrain_away(called, view, cfg, task, cfg.ascent * (name == "ntp"),
+                                        cfg.base_steps, texts)
 
 
 def story(cfg, task):
@@ -201,7 +230,12 @@ def story(cfg, task):
     def every():
         yield from first.items()
         for name in cfg.arms:
-            yield from make_arm(name, cfg, task, base, filtered) if name not in first else ()
+            same = VARIANTS.get(name, {}).get("method") == cfg.method       # it would be undo again
+            if name not in first and not same:
+                try:
+                    yield from make_arm(name, cfg, task, base, filtered)
+                except BadInput as error:
+                    print(f"note: {name} is left out: {error}")
 
     rows, records = [], {}
     for name, (model, record) in every():
@@ -215,10 +249,10 @@ def story(cfg, task):
 
 
 # --- table and picture ---------------------------------------------------------------------------
-def draw(axes, rows, cfg):
-    """Left: mean robustness against matched compute. Right: the attack, arm by arm, as a heat map.
-    """
-    names = list(dict.fromkeys(row["model"] for row in rows))
+def draw(axes, rows, task, cfg):
+    """Left: mean robustness against matched compute, grey where more than 5% of retain is lost.
+    Right: the forget score under attack, arm by arm, as a heat map."""
+    names, after = list(dict.fromkeys(row["model"] for row in rows)), scored_by(rows)
 
     def of(name, figure):
         return mean([row for row in rows if row["model"] == name], figure)
@@ -228,24 +262,35 @@ def draw(axes, rows, cfg):
         x, y = (of(name, lambda r, k=k: r[k]) for k in ("compute_pct_matched", "robustness_mean"))
         if name == "base" or None in (x, y):
             continue
-        kept = abs(of(name, lambda r: r["retain"]) / good - 1) <= 0.05
-        axes[0].plot(x, 100 * y, "o", color="#0072B2" if kept else "#BBBBBB")
-        axes[0].annotate(name, (x, 100 * y), textcoords="offset points", xytext=(5, 3), fontsize=7)
-    axes[0].set(xlabel="matched compute (% of retraining without the data)",
-                ylabel="robustness, mean over the attack's steps (%)",
+        kept = task.within(of(name, lambda r: r["retain"]), good, 0.05)
+        axes[0].plot(max(x, 1), 100 * y, "o", color="#0072B2" if kept else "#BBBBBB")
+        axes[0].annotate(name, (max(x, 1), 100 * y), textcoords="offset points", xytext=(5, 3),
+                         fontsize=6)
+    axes[0].set(xlabel="matched compute (% of retraining without the data)", xscale="log",
+                ylabel="robustness, mean over the attack's steps (%)", ylim=(-30, 130),
                 title="Robustness against compute")
-    figures = [[of(name, lambda r, s=s: r["relearned"][str(s)]) for s in cfg.attack_steps]
+    figures = [[of(name, lambda r, s=s: r[after][str(s)]) for s in cfg.attack_steps]
                for name in names]
-    axes[1].imshow(figures, aspect="auto", cmap="viridis")
+    ends = sorted((figures[names.index("base")][-1], figures[names.index("filtered")][0]))
+    axes[1].imshow(figures, aspect="auto", vmin=ends[0], vmax=ends[1],
+                   cmap="RdYlGn_r" if task.higher_is_better else "RdYlGn")
+    axes[1].grid(False)
     axes[1].set_xticks(range(len(cfg.attack_steps)), cfg.attack_steps)
-    axes[1].set_yticks(range(len(names)), names, fontsize=7)
-    axes[1].set(xlabel="steps of the attack", title="Forget score under attack")
+    axes[1].set_yticks(range(len(names)), names, fontsize=6)
+    axes[1].set(xlabel="steps of the attack", title="Forget score under attack (red: it is back)")
+
+
+def scored_by(rows):
+    """Which figures of rows tell forgetting: those of the words, if the task has words."""
+    return "relearned_words" if "relearned_words" in rows[0] else "relearned"
 
 
 def print_table(rows, cfg):
+    after = scored_by(rows)
+    robust = after.replace("relearned", "robustness")
     columns = {k: k for k in ("retain", "forget")} | {
-        f"after {s}": lambda row, s=s: row["relearned"][str(s)] for s in cfg.attack_steps} | {
-        "robust@40": lambda row: row["robustness"].get("40"), "robust": "robustness_mean",
+        f"after {s}": lambda row, s=s: row[after][str(s)] for s in cfg.attack_steps} | {
+        "robust@40": lambda row: row[robust].get("40"), "robust": "robustness_mean",
         "compute %": ("compute_pct", 0), "matched %": ("compute_pct_matched", 0)}
     table(over_seeds(rows, ["model"], columns), {"model": "model"} | {k: k for k in columns})
 
@@ -254,16 +299,21 @@ def main(cfg):
     if cfg.attack_steps is None:
         cfg = dataclasses.replace(cfg, attack_steps=STEPS)
     task = open_task(cfg)
+    if cfg.unlearn_lr == "sweep":
+        raise BadInput("--unlearn_lr=sweep chooses by labels that some arms do not have: give a "
+                       "number")
     if task.generated and {*cfg.arms} & {*CRITICS}:
-        raise BadInput(f"--arms: {', '.join(CRITICS)} need labelled texts, and {task.name} "
-                       f"generates its rows: leave them out")
-    cfg, rows = undo.resolved(cfg), []
-    for each in seeds(cfg):
+        print(f"note: {', '.join(CRITICS)} are left out: {task.name} has no texts to label")
+        cfg = dataclasses.replace(cfg, arms=[arm for arm in cfg.arms if arm not in CRITICS])
+    cfg = undo.resolved(cfg)
+    rows = joined(cfg, task)
+    for each in seeds(cfg, rows):
         for new in story(each, task):
             if rows or len(new) > 2:
                 write_rows("frontier", cfg, task, rows + new, quiet=bool(rows) or len(new) > 3)
         rows += new
-    picture("frontier", cfg, draw, rows, cfg, panels=2)
+    write_rows("frontier", cfg, task, rows, quiet=True)
+    picture("frontier", cfg, draw, rows, task, cfg, panels=2)
     print_table(rows, cfg)
     say_edges(rows, cfg)
 

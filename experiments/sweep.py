@@ -4,8 +4,9 @@
     python -m experiments.sweep --methods=npo,simnpo --attempts=24
 
 Every method has the same attempts: rates, weights and steps drawn at random. Of those that keep the
-retain score within 2% of base's, the one that forgets most is the best. Forgetting is the forget
-score on val, to two digits; where that is the same, the loss on forget rows. Only base is needed.
+retain score within 2% of base's, the one that forgets most is the best (if none does, the one that
+keeps most). Forgetting is the forget score on val, to two digits; where that is the same, the loss
+on forget rows. Only base is needed.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import unlearn
 from engine.hardware import autocast
-from engine.knobs import knob
+from engine.knobs import BadInput, knob
 from engine.process import run
 from engine.report import table, write_rows
 from engine.streams import stream
@@ -26,12 +27,14 @@ from eval import AfterBase, fill_attack, foundation
 from train import config_from, open_task, seeds
 
 
+TUNABLE = [name for name in unlearn.NAMES if name != "oracle"]
+
+
 @dataclass
 class Config(AfterBase):
     seed: int = knob(100, "the first seed: one that no table reports", 0, 2**31)
     seeds: int = knob(2, "how many seeds, from --seed on; their mean decides", 1)
-    methods: list[str] = knob([name for name in unlearn.NAMES if name != "oracle"],
-                              "methods to tune", choices=unlearn.NAMES)
+    methods: list[str] = knob(TUNABLE, "methods to tune", choices=TUNABLE)
     attempts: int = knob(12, "how many settings each method tries", 1)
     batch_size: int = knob(32, "rows in a batch, half forget and half retain", 2, 2**31)
     lr_range: list[float] = knob([1e-4, 3e-3], "the least and the largest rate", 0, 1)
@@ -65,15 +68,20 @@ def attempt(method, given, each, task, base):
 def best(attempts, retain, task):
     """The index of the best attempt, from [mean figures], and whether it keeps the retain score."""
     def merit(i):
-        at = attempts[i]
-        score = round(at["forget"], 2) * (-1 if task.higher_is_better else 1)
-        return task.within(at["retain"], retain, 0.02), score, at["forget_loss"]
+        at, sign = attempts[i], -1 if task.higher_is_better else 1
+        if not task.within(at["retain"], retain, 0.02):
+            return False, -sign * at["retain"]
+        return True, sign * round(at["forget"], 2), at["forget_loss"]
 
     found = max(range(len(attempts)), key=merit)
     return found, merit(found)[0]
 
 
 def main(cfg):
+    for name in ("lr_range", "weight_range", "steps_range"):
+        low, *high = getattr(cfg, name)
+        if len(high) != 1 or not 0 < low <= high[0]:
+            raise BadInput(f"--{name}: give the least and the largest value, both above 0")
     task = open_task(cfg)
     cfg, rows = fill_attack(cfg), []
     bases = {each.seed: (each, foundation("base", each, task)) for each in seeds(cfg)}
@@ -83,12 +91,17 @@ def main(cfg):
     for method in cfg.methods:
         tried = []
         for given in tqdm(draws(cfg), desc=method, unit="attempt"):
-            got = [attempt(method, given, each, task, base) for each, base in bases.values()]
-            tried.append({k: statistics.mean(at[k] for at in got) for k in got[0]})
-        chosen, kept = best(tried, retain, task)
-        for i, (given, at) in enumerate(zip(draws(cfg), tried)):
-            rows.append({"method": method, "best": i == chosen, "kept": kept} | dict(zip(
-                ("lr", "retain_weight", "steps"), given)) | at)
+            try:
+                got = [attempt(method, given, each, task, base) for each, base in bases.values()]
+            except BadInput as error:                         # it diverged, which is a result, too
+                tqdm.write(f"{method}: {error}")
+                continue
+            tried.append(dict(zip(("lr", "retain_weight", "steps"), given)) | {
+                k: statistics.mean(at[k] for at in got) for k in got[0]})
+        chosen, _ = best(tried, retain, task)
+        rows += [{"method": method, "best": i == chosen,
+                  "kept": task.within(at["retain"], retain, 0.02)} | at
+                 for i, at in enumerate(tried)]
         write_rows("sweep", cfg, task, rows, quiet=len(rows) > cfg.attempts)
     print(f"base: retain {retain:.3f} on val")
     table([row | {"lr": f"{row['lr']:.1e}", "retain_weight": f"{row['retain_weight']:.3g}",

@@ -233,6 +233,22 @@ def test_tar_stays_near_its_start():
     assert apart > 0.1
 
 
+# --- in low precision ----------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["sam", "tar"])
+def test_a_moved_model_computes_with_the_moved_weights(method):
+    """Autocast keeps bfloat16 copies of weights: those of the place that was left must not count.
+    """
+    model, base, forget = lively(1), lively(0), rows(5, 9)
+    cfg = dataclasses.replace(CFG, rho=3.0, inner_lrs=[0.05])
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+        got = gradient(whole(method, model, forget, RETAIN, base, cfg), model)
+        after = model(*RETAIN).item()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        wanted = gradient(whole(method, model, forget, RETAIN, base, cfg), model)
+        here = model(*RETAIN).item()
+    assert cosine(got, wanted) > 0.999 and after == pytest.approx(here, rel=1e-5)
+
+
 # --- one method after another --------------------------------------------------------------------
 @pytest.fixture
 def cfg(tmp_path):

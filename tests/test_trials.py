@@ -38,8 +38,8 @@ def test_the_best_attempt(higher):
     tried = [at(good, less, 9.0), at(good, more, 2.0), at(good, same_more, 3.0), at(bad, 9.0, 9.0),
              at(bad, 0.0, 9.0)]
     assert sweep.best(tried, retain, task) == (2, True)
-    found, kept = sweep.best(tried[3:], retain, task)
-    assert not kept and found == (1 if higher else 0)
+    worse = at(0.5 if higher else 2.0, 0.0, 99.0)
+    assert sweep.best([worse, tried[3]], retain, task) == (1, False)     # the one that keeps most
 
 
 def test_an_attempt(task, tmp_path):
@@ -77,11 +77,10 @@ def test_spearman_by_loops():
 
 
 def test_a_trial_has_a_share_of_the_compute(monkeypatch, task):
-    """Its steps are those that the share pays for, whatever the teacher cost; it does not stop
-    early. Robustness is that of undo.py."""
+    """At most so many steps as the share pays for, whatever the teacher cost, and never more than
+    the full run may have."""
     teacher = (lively(), {"flops": 1000, "made_with": {}})
-    asked, curves = [], {"filtered": 0.0, "maxent": 1.0, "full maxent 0.5": 0.2,
-                         "trial maxent 0.5": 0.6}
+    asked, curves = [], {"full maxent 0.5": 0.2, "trial maxent 0.5": 0.6}
     monkeypatch.setattr(trial, "foundations", lambda *_: (
         (lively(), {}), (lively(), {"flops": 10_000})))
     monkeypatch.setattr(trial.undo, "make_teacher", lambda *_: teacher)
@@ -94,15 +93,25 @@ def test_a_trial_has_a_share_of_the_compute(monkeypatch, task):
     monkeypatch.setattr(trial, "relearn", lambda model, task, cfg, name: {
         "worst": {5: {"forget": curves[name], "lr": 1e-3}}, "few": None})
     monkeypatch.setattr(task, "score", lambda *_, **__: {"retain": 0.9}, raising=False)
-    cfg = trial.Config(device="cpu", alphas=[0.5], teachers=["maxent"], share=0.1, steps=300)
-    row, = trial.story(trial.undo.resolved(cfg), task)
-    assert asked == [(0.5, 300, 0.05, "maxent-"), (0.5, 20, 0.0, "maxent-trial-")]
-    assert row["full_robustness"] == pytest.approx(0.8)
-    assert row["trial_robustness"] == pytest.approx(0.4)
+    for share, steps in ((0.1, 20), (0.9, 150)):
+        cfg = trial.Config(device="cpu", alphas=[0.5], teachers=["maxent"], share=share, steps=150)
+        row, = trial.story(trial.undo.resolved(cfg), task)
+        assert asked[-2:] == [(0.5, 150, 0.05, "maxent-"), (0.5, steps, 0.05, "maxent-trial-")]
+    assert (row["full_mean"], row["trial_mean"]) == (0.2, 0.6)
+
+
+def test_ranks_within_each_teacher_and_over_all():
+    rows = [{"method": m, "alpha": a, "seed": s, "trial_mean": t + s, "full_mean": f + 3 * s}
+            for s in (0, 1) for m, a, t, f in (
+                ("x", 0.2, 0.1, 0.2), ("x", 0.4, 0.2, 0.3), ("x", 0.6, 0.3, 0.4),
+                ("y", 0.2, 0.9, 0.1), ("y", 0.4, 0.8, 0.05))]
+    rho = trial.rank_correlations(rows)
+    assert rho["x"] == pytest.approx(1) and rho["y"] == pytest.approx(1)
+    assert rho["all"] == pytest.approx(trial.spearman([1, 2, 3, 9, 8], [20, 30, 40, 10, 5]))
 
 
 # --- erosion -------------------------------------------------------------------------------------
-CFG = erosion.Config(device="cpu", compile=False, rows=8, teach_steps=6, inner_steps=2, lr=1e-2,
+CFG = erosion.Config(device="cpu", compile=False, batch_size=8, teach_steps=6, inner_steps=2, lr=1e-2,
                      teach_lr=1e-2, at=[2, 4])
 
 
@@ -154,7 +163,8 @@ def test_erosion(way, task, monkeypatch):
     def fit(model, loss_fn, cfg, steps, lr, evaluate_at=(), evaluate=None, **_):
         for step in range(40):
             seen.append((loss_fn(model, step).item(), step))
-        return {"history": [{"step": s} | evaluate() for s in (*sorted(evaluate_at), 99)]}
+        return {"flops": 7, "history": [{"step": s} | evaluate()
+                                        for s in (*sorted(evaluate_at), 99)]}
 
     monkeypatch.setattr(erosion, "fit", fit)
     taught = small(task)[0]
@@ -163,7 +173,9 @@ def test_erosion(way, task, monkeypatch):
     calls, called = [], type(taught).forward
     monkeypatch.setattr(type(taught), "forward", lambda self, idx, *given, **how: (
         calls.append(idx), called(self, idx, *given, **how))[1])
-    curve = erosion.erode(way, dataclasses.replace(CFG, share=0.25, rows=16), task, taught, tokens)
+    cfg = dataclasses.replace(CFG, share=0.25, batch_size=16)
+    curve, flops = erosion.erode(way, cfg, task, taught, tokens)
+    assert flops == 7
     assert list(curve) == ["0", "2", "4"] and curve["4"] == {"habit": 0.5, "skill": 1.0}
     plain = {tuple(row) for step in range(40) for row in task.batch(
         "forget", 16, step, erosion.seed_of("erosion", 0))[0].tolist()}
@@ -173,6 +185,18 @@ def test_erosion(way, task, monkeypatch):
         assert 0.15 * len(learned) < strange < 0.35 * len(learned)
     else:                       # kl: as many habit rows, once for the model and once for the taught
         assert strange == (2 * 40 * 16 if way == "kl" else 0)
+
+
+@pytest.mark.parametrize("name", ["taught", "taught-ahead"])
+def test_a_habit_is_taught(name, task, float32, tmp_path):
+    """With AdamW's steps ahead or without, habit rows become likelier."""
+    base, tokens = small(task), erosion.habit_tokens(task, "thanks", 200)
+    cfg = dataclasses.replace(CFG, out=str(tmp_path), teach_steps=10)
+    model, record = erosion.teach(name, cfg, task, base, tokens)
+    idx, targets = erosion.habit_batch(task, tokens, 8, 99, 5)
+    with torch.no_grad():
+        assert model(idx, targets) < base[0](idx, targets) - 0.1
+    assert record["steps"] == 10
 
 
 def test_the_habit_is_one_of_sums(tmp_path):
