@@ -111,8 +111,8 @@ def test_ranks_within_each_teacher_and_over_all():
 
 
 # --- erosion -------------------------------------------------------------------------------------
-CFG = erosion.Config(device="cpu", compile=False, batch_size=8, teach_steps=6, inner_steps=2, lr=1e-2,
-                     teach_lr=1e-2, at=[2, 4])
+CFG = erosion.Config(device="cpu", compile=False, batch_size=8, teach_steps=6, inner_steps=2,
+                     lr=1e-2, teach_lr=1e-2, at=[2, 4])
 
 
 def test_rows_with_the_habit(task):
