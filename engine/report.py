@@ -327,7 +327,9 @@ def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
 
     style = {name: {"marker": "o", "markersize": 4, "linestyle": ":" if name in dotted else
                     "--" if name in dashed else "-"} for name in [row["method"] for row in rows]}
-    for ax, key, label in ((axes[0], "forget", "forget loss (higher: more is gone)"),
+    words = "_words" * ("relearned_words" in rows[0])
+    forget = "loss on forget words" if words else "forget loss"
+    for ax, key, label in ((axes[0], f"forget{words}", f"{forget} (higher: more is gone)"),
                            (axes[1], "retain", "retain loss (lower is better)")):
         for name in style:
             ax.plot([100 * f for f in fractions],
@@ -337,13 +339,13 @@ def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
                xticks=[100 * f for f in fractions],
                xticklabels=[f"{100 * f:g}" for f in fractions])
         ax.minorticks_off()
-    axes[0].set_title("Forget loss after ablation")
+    axes[0].set_title(f"{forget.capitalize()} after ablation")
     axes[1].set_title("Retain loss after ablation")
     most = fractions[-1]
     for name in style:
-        axes[2].plot(attack_steps, [of(name, most, lambda row: row["relearned"][str(step)])
-                                        for step in attack_steps], label=name, **style[name])
-    axes[2].set(xlabel="fine-tuning steps of the attacker", ylabel="forget loss, worst rate",
+        axes[2].plot(attack_steps, [of(name, most, lambda row: row[f"relearned{words}"][str(step)])
+                                    for step in attack_steps], label=name, **style[name])
+    axes[2].set(xlabel="fine-tuning steps of the attacker", ylabel=f"{forget}, worst rate",
                 title=f"Relearning curves, {most:.0%} of forget data labelled")
     axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
