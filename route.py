@@ -48,8 +48,8 @@ class Config(Attack):
     task: str = knob("language", "what to learn and to forget",
                      choices=["language", "tinystories", "bilingual"])
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
-    join: list[FilePath] = knob([], "rows that earlier runs wrote for some of these seeds (files "
-                                "NAME.json), which are taken as they are")
+    join: list[FilePath] | None = knob(None, "rows that earlier runs wrote for some of these seeds "
+                                       "(files NAME.json), which are taken as they are")
     steps: int | None = knob(None, "training steps, the same for every method", 1)
     batch_size: int | None = knob(None, "rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "AdamW's rate", 0, 1)

@@ -79,8 +79,8 @@ class Config(AfterBase):
     check_every: int | None = knob(None, "steps between two looks at the student's retain score "
                                      "(at least 1% of --steps)", 1)
     seeds: int = knob(1, "how many seeds, from --seed on", 1)
-    join: list[FilePath] = knob([], "rows that earlier runs wrote for some of these seeds (files "
-                                "NAME.json), which are taken as they are")
+    join: list[FilePath] | None = knob(None, "rows that earlier runs wrote for some of these seeds "
+                                       "(files NAME.json), which are taken as they are")
 
 
 PAPER = dict(beta=0.1, distil_on="all", muon_lr=0.02)

@@ -143,7 +143,7 @@ def joined(cfg, task):
     mine = dataclasses.asdict(cfg) | {"block_size": task.block_size} | {
         k: v for k, v in task.made_with.items() if getattr(cfg, k, 0) is None}
     rows, mine = [], json.loads(json.dumps(mine))
-    for file in cfg.join:
+    for file in cfg.join or ():
         try:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
             config, new = saved["config"], saved["rows"]

@@ -562,7 +562,7 @@ def test_config_in_the_rows_is_resolved(script, home, trained, undone):
              "undo": lambda: undone.rows("undo", "tinystories")}[script]()
     shaping = {f.name for f in dataclasses.fields(SCRIPTS[script].Config)} - {
         "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "prior", "env",
-        "hack_rates", "compile", "layer", "resume", "by_block"} - (
+        "hack_rates", "compile", "layer", "resume", "by_block", "join"} - (
             {"after", "beta", "gamma"} if script == "unlearn" else set())
     assert not {k for k in shaping if saved["config"][k] is None}
 
