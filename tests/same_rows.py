@@ -45,6 +45,13 @@ STORIES = {
     "wrapper-instruct": f"eval.py wrapper --task=instruct --source=SOURCE {SIZE} {QUICK} "
                         "--base_steps=4 --filtered_steps=3 --tune_steps=2 --tune_rows=8 --seeds=1",
     "compiled": "eval.py compiled --seeds=1",
+    "frontier": f"undo.py frontier {SIZE} {BASE} {ATTACK} --unlearn_steps=3 --steps=4 "
+                "--check_every=2 --label_shares=.1 --arms=npo,undo-units,undo-rounds,filter-distil,"
+                "ntp-all,undo-labels,classifier-skip,classifier-uniform,ntp,filtered-labels",
+    "trial": f"undo.py trial {SIZE} {BASE} {ATTACK} --unlearn_steps=3 --steps=4 --check_every=2 "
+             "--alphas=.5,.9 --teachers=maxent",
+    "sweep": f"unlearn.py sweep {SIZE} {BASE} --attempts=2 --steps_range=1,2 --batch_size=8",
+    "erosion": f"unlearn.py erosion {SIZE} {BASE} --teach_steps=3 --at=1,2 --inner_steps=2",
     "recontext": f"recontext.py --env=all --seeds=1 {SIZE} --base_steps=20 --steps=2 --rounds=1 "
                  "--exam=64 --prompts=16",
     "recontext-grpo": f"recontext.py --method=grpo --env=lying --seeds=1 {SIZE} --base_steps=20 "
