@@ -30,6 +30,7 @@ from engine.report import (
     picture,
     say_edges,
     table,
+    words_of,
     write_rows,
 )
 from engine.store import identity, obtain
@@ -462,8 +463,7 @@ def main(cfg):
                "forget_raw": "raw", "forget_words_before": "words", "forget_words": "ablated",
                "forget_words_finetuned": "tuned", "mentions": "mentions", "relearned_few": "few"}
     columns = {k: header for k, header in columns.items() if k in rows[0]}
-    after = "relearned_words" if "relearned_words" in rows[0] else "relearned"
-    attack = {f"after {step}": lambda row, step=step: row[after][str(step)]
+    attack = {f"after {step}": lambda row, step=step: row[f"relearned{words_of(row)}"][str(step)]
               for step in cfg.attack_steps}
     lines = over_seeds(rows, ["method", "label_fraction"], dict(zip(columns, columns)) | attack)
     write_rows("route-language", cfg, task, rows)

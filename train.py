@@ -415,17 +415,24 @@ def pretrain(name, cfg, task):
     """
     cfg = fill(cfg, SETTINGS)
     split = "all" if name == "base" else "retain"
-    steps = cfg.steps if name == "base" else cfg.filtered_steps
-    made_with = {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
-                                              "lr", "muon_lr")}
-    made_with |= {"block_size": task.block_size, "split": split, "steps": steps}
+    seed = seed_of(f"pretrain {name}", cfg.seed)
+
+    def loss_fn(model, step):
+        return model(*task.batch(split, cfg.batch_size, step, seed))
+
+    return from_scratch(name, loss_fn, cfg, task, cfg.steps if name == "base" else
+                        cfg.filtered_steps, split=split)
+
+
+def from_scratch(name, loss_fn, cfg, task, steps, **made_with):
+    """(model, record): a new model, trained for so many steps; read from disk or made. made_with:
+    what loss_fn depends on beside cfg's model, batch size and rates."""
+    made_with |= {k: getattr(cfg, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
+                                               "lr", "muon_lr")}
+    made_with |= {"block_size": task.block_size, "steps": steps}
 
     def make(checkpoint):
-        model, seed = new_model(cfg, task, name), seed_of(f"pretrain {name}", cfg.seed)
-
-        def loss_fn(model, step):
-            return model(*task.batch(split, cfg.batch_size, step, seed))
-
+        model = new_model(cfg, task, name)
         record = fit(model, loss_fn, cfg, steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
                      tokens=cfg.batch_size * task.block_size, checkpoint=checkpoint,
                      evaluate_at=range(0, steps, max(steps // 40, 1)),

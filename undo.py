@@ -32,6 +32,7 @@ from engine.report import (
     print_stories,
     say_edges,
     table,
+    words_of,
     write_rows,
 )
 from engine.store import identity, obtain
@@ -66,7 +67,7 @@ class Config(AfterBase):
     distil_on: str | None = knob(None, "the student's rows: all, the unlabelled mix, as in the "
                                  "paper; or those labelled retain", choices=["all", "retain"])
     method: str | None = knob(None, "the teacher's unlearning method",
-                              choices=[name for name in unlearn.NAMES if name != "oracle"])
+                              choices=unlearn.FROM_BASE)
     unlearn_lr: float | str | None = knob(None, "the teacher's rate, or sweep", 0, 1, ["sweep"])
     unlearn_steps: int | None = knob(None, "the teacher's steps", 1)
     steps: int | None = knob(None, "most distillation steps (distilled: --filtered_steps); the "
@@ -290,8 +291,7 @@ def compared(rows, records, cfg, task):
             step: robustness(score, low[what][step], high[what][step]) if low and high else None
             for step, score in row[what].items()}
             for what in ("relearned", "relearned_words") if what in row}
-        # forget stories are ordinary but for their words: there the words tell
-        each = robust["robustness_words" if "robustness_words" in robust else "robustness"].values()
+        each = robust[f"robustness{words_of(row)}"].values()
         full.append(row | compute | robust | {
             "robustness_mean": None if None in each else statistics.mean(each)})
     return full
@@ -344,7 +344,7 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
     others = [n for n in names if n != "base" or "filtered" not in names]
     students = [n for n in names if n.startswith("undo-") or n == "distilled"]
     unseen = [n for n in (cfg.method, *students) if "relearned_heldout_pairs" in rows[0]]
-    words = "_words" * ("relearned_words" in rows[0])
+    words = words_of(rows[0])
     draw_relearning(axes[0], task, curves(others, f"forget{words}", f"relearned{words}"),
                     curves(unseen, "forget_heldout_pairs", "relearned_heldout_pairs"))
     axes[0].set_title("Relearning curves under attack")
@@ -404,7 +404,7 @@ def print_table(rows, cfg):
     step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
     shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
     last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
-    words = "_words" * ("forget_words" in lines[0])
+    words = words_of(lines[0])
     further = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}",
                "mentions": "mentions", f"relearned_mentions {step}": f"after {step}",
                "relearned_few": "few"}

@@ -70,6 +70,7 @@ SETTINGS = {method: {task: dict(zip(METHOD_KNOBS, by_task.get(ALIKE.get(task, ta
 # Rates of fine-tuning that have names (large, medium, small), by task.
 RATES = {"pcfg": {"L": 1e-3, "M": 3e-4, "S": 1e-4}, "instruct": {"M": 1e-3}}
 NAMES = [*TUNED]
+FROM_BASE = [name for name in NAMES if name != "oracle"]       # these need no filtered model
 
 
 @dataclass

@@ -172,6 +172,12 @@ def joined(cfg, task):
     return rows
 
 
+def words_of(row):
+    """The end of the keys of a row's figures that tell forgetting best: "_words" where the task
+    scores the words to be forgotten (its stories are ordinary but for these), else ""."""
+    return "_words" if "forget_words" in row else ""
+
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
@@ -327,7 +333,7 @@ def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
 
     style = {name: {"marker": "o", "markersize": 4, "linestyle": ":" if name in dotted else
                     "--" if name in dashed else "-"} for name in [row["method"] for row in rows]}
-    words = "_words" * ("relearned_words" in rows[0])
+    words = words_of(rows[0])
     forget = "loss on forget words" if words else "forget loss"
     for ax, key, label in ((axes[0], f"forget{words}", f"{forget} (higher: more is gone)"),
                            (axes[1], "retain", "retain loss (lower is better)")):

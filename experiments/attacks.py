@@ -30,14 +30,14 @@ from data import Piece, arithmetic
 from engine.hardware import autocast
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
-from engine.report import picture, table, write_rows
+from engine.report import draw_relearning, picture, table, write_rows
 from engine.streams import seed_of, text_stream, torch_stream
 from eval import Foundations, Rows, as_long_as, fill_attack, known_ones, robustness, tune
 from train import evaluated, open_task
 
 # What each attack does: it trains on forget rows, or as it says. Cheap ones last cfg.attack_steps.
 ATTACKS = {
-    "none": None, "forget": {}, "mixed": dict(split="all"), "retain": dict(split="retain"),
+    "none": {}, "forget": {}, "mixed": dict(split="all"), "retain": dict(split="retain"),
     "equations": dict(form="equations"),          # trained on equations, asked word problems
     "8 rows": dict(few=8), "32 rows": dict(few=32), "128 rows": dict(few=128),
     "LoRA": dict(rank=4, scale=3), "SGD": dict(momentum=0.9, scale=100),    # scale: of cfg.lrs
@@ -159,7 +159,7 @@ def asked(model, task, form, before=()):
 # --- attacks -------------------------------------------------------------------------------------
 def suits(name, task):
     """Whether an attack makes sense on a task."""
-    how = ATTACKS[name] or {}
+    how = ATTACKS[name]
     if {"form", "shots"} & {*how}:
         return task.name == "arithmetic" and 0 < task.made_with["words"] < 1
     return not (task.generated and "few" in how)
@@ -206,10 +206,9 @@ def trained(model, task, cfg, kind, name, split="forget", form=None, few=None, r
 
 def attack(kind, model, task, cfg, name):
     """{step: {"forget": score, "lr": worst rate}} of a model under a kind of attack."""
-    how = ATTACKS[kind] or {}
     if kind in UNTRAINED:
-        return untrained(model, task, cfg, **how)
-    return trained(model, task, cfg, kind, name, **how)
+        return untrained(model, task, cfg, **ATTACKS[kind])
+    return trained(model, task, cfg, kind, name, **ATTACKS[kind])
 
 
 # --- what the attacks say ------------------------------------------------------------------------
@@ -282,7 +281,8 @@ def judge(curves, by_model, task, cfg):
 
 
 def draw(axes, rows, cfg, task):
-    """The matrix as a heat map: the forget score at each attack's first budget."""
+    """Left: the matrix as a heat map, the forget score at each attack's first budget. Right: the
+    longest attack that there is."""
     kinds, ax = list(rows[0]["first"]), axes[0]
     figures = np.array([[row["first"][kind] for kind in kinds] for row in rows])
     ends = sorted(row["first"]["none"] for row in rows if row["model"] in ("base", cfg.control))
@@ -296,6 +296,10 @@ def draw(axes, rows, cfg, task):
         for j, score in enumerate(line):
             ax.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7)
     ax.set_title(f"Forget score under attack, after {min(cfg.attack_steps)} steps of training")
+    longest = max(kinds, key=lambda kind: max(map(int, rows[0]["cells"][kind])))
+    draw_relearning(axes[1], task, {row["model"]: {
+        int(step): at["forget"] for step, at in row["cells"][longest].items()} for row in rows})
+    axes[1].set_title(f"Relearning curves, attack: {longest}")
 
 
 def main(cfg):
@@ -303,13 +307,13 @@ def main(cfg):
     cfg = fill_attack(cfg)
     kinds = ["none"] + [kind for kind in cfg.attacks if kind != "none" and suits(kind, task)]
     models = known_ones(["base", cfg.control, cfg.unlearned], cfg, task)
-    by_model, rows = {}, []
+    by_model, in_weights, rows = {}, {}, []
     for name, model in tqdm(models.items(), desc="models", unit="model"):
+        in_weights[name] = signs(model, models["base"], task, cfg)
         by_model[name] = {kind: attack(kind, model, task, cfg, name) for kind in kinds}
         if {"base", cfg.control, cfg.unlearned} <= by_model.keys():
             rows = [{"model": each, "seed": cfg.seed} | judge(curves, by_model, task, cfg)
-                    | signs(models[each], models["base"], task, cfg)
-                    for each, curves in by_model.items()]
+                    | in_weights[each] for each, curves in by_model.items()]
             write_rows("attacks", cfg, task, rows, quiet=len(rows) > 3)
     picture("attacks", cfg, draw, rows, cfg, task, panels=2)
     table([row | row["first"] for row in rows], {"model": "model"} | {k: k for k in kinds} | (

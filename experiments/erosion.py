@@ -47,23 +47,24 @@ class Config(AfterBase):
 
 
 def habit_tokens(task, word, problems=4000):
-    """Tokens of sums and differences, each closed with the word; a text begins at every end token.
-    """
+    """(tokens, where rows may begin): sums and differences, each closed with the word; a text
+    begins at every end token."""
     rng, tokens = text_stream("habit"), []
     for _ in range(problems):
         operation = rng.choice(arithmetic.DOMAINS["retain"])
         pair = rng.choice(arithmetic.split_pairs(operation, task.made_with["heldout_pairs"])[0])
         tokens += [task.end, *task.tokenizer.encode_ordinary("".join(
             arithmetic.equation(operation, *pair)) + f" {word}")]
-    return np.array(tokens)
+    tokens = np.array(tokens)
+    return tokens, np.flatnonzero(tokens[:-task.block_size] == task.end)
 
 
 def habit_batch(task, tokens, size, step, seed):
-    """(inputs, targets), (size, T) each: rows that begin with a text."""
-    T = task.block_size
-    starts = np.flatnonzero(tokens[:-T] == task.end)
+    """(inputs, targets), (size, T) each: rows that begin with a text. tokens: see habit_tokens."""
+    tokens, starts = tokens
     chosen = stream("habit rows", seed, step).choice(starts, size)
-    rows = torch.from_numpy(tokens[chosen[:, None] + np.arange(T + 1)]).to(task.device)
+    columns = np.arange(task.block_size + 1)
+    rows = torch.from_numpy(tokens[chosen[:, None] + columns]).to(task.device)
     return rows[:, :-1], rows[:, 1:]
 
 

@@ -29,12 +29,20 @@ from data import Piece
 from engine.hardware import autocast, counting_flops
 from engine.knobs import BadInput, knob
 from engine.process import run
-from engine.report import joined, mean, over_seeds, picture, say_edges, table, write_rows
-from engine.store import obtain
+from engine.report import (
+    joined,
+    mean,
+    over_seeds,
+    picture,
+    say_edges,
+    table,
+    words_of,
+    write_rows,
+)
 from engine.streams import seed_of
 from eval import AfterBase, attacked, foundations, relearn
 from model import norm
-from train import config_from, fit, new_model, open_task, seeds
+from train import config_from, from_scratch, open_task, seeds
 
 STEPS = [20, 40, 60, 120, 240]               # of the attack: the mean robustness is over these
 
@@ -46,8 +54,7 @@ VARIANTS = {
     "undo-blocks": dict(noise="blocks"), "undo-units": dict(noise="units"),
     "undo-saliency": dict(noise="saliency"), "undo-rounds": dict(alphas=[0.3], rounds=2)}
 CRITICS = ["undo-labels", "classifier-skip", "classifier-uniform", "ntp", "filtered-labels"]
-ARMS = [name for name in unlearn.NAMES if name != "oracle"] + [
-    "oracle", *VARIANTS, "distilled", "filter-distil", "ntp-all", *CRITICS]
+ARMS = [*unlearn.FROM_BASE, "oracle", *VARIANTS, "distilled", "filter-distil", "ntp-all", *CRITICS]
 
 
 @dataclass
@@ -70,24 +77,22 @@ def few_labels(task, share):
 
     Validation goes by the truth, for every arm: there are too few labels to validate on.
     """
-    view, pieces, texts = copy.copy(task), {}, 0
-    for domain, split in (("forget", "forget"), ("retain", "sure")):
+    def texts_of(domain):
+        """(where rows begin, where texts end, how many texts have a label)."""
         starts = np.asarray(task.starts[f"{domain}_train"])
         ends = np.flatnonzero(task.tokens(f"{domain}_train") == task.end)
-        n = max(round(share * len(ends)),
-                1 + int(np.searchsorted(ends, starts[0] + task.block_size)))
-        # rows that lie within the first n texts, or within the last n
-        within = (np.searchsorted(starts, ends[n - 1] - task.block_size, "right")
-                  if split == "forget" else np.searchsorted(starts, ends[-n - 1]))
-        if split == "forget":
-            texts = n
-            pieces[split] = [Piece(domain, 0, max(within, 1) / len(starts))]
-            rest = np.searchsorted(starts, ends[n - 1]) / len(starts)
-        else:
-            pieces[split] = [Piece(domain, min(within, len(starts) - 1) / len(starts), 1)]
-    view.pieces = task.pieces | pieces | {"retain": [Piece("forget", rest, 1), Piece("retain")]}
+        of_a_row = 1 + int(np.searchsorted(ends, starts[0] + task.block_size))
+        return starts, ends, max(round(share * len(ends)), of_a_row)
+
+    starts, ends, n = texts_of("forget")
+    view = task.first_texts(n)
+    others = np.searchsorted(starts, ends[n - 1]) / len(starts)
+    starts, ends, last = texts_of("retain")
+    sure = min(np.searchsorted(starts, ends[-last - 1]), len(starts) - 1) / len(starts)
+    view.pieces |= {"sure": [Piece("retain", sure, 1)],
+                    "retain": [Piece("forget", others, 1), Piece("retain")]}
     view.by_label = ("train",)
-    return view, texts
+    return view, n
 
 
 def labelled_only(view):
@@ -157,29 +162,18 @@ def classify_and_distil(name, view, texts, cfg, base, record):
 def pretrain_away(name, view, cfg, task, ascent, steps, texts=None):
     """(model, record): pretrained with CE(r) - ascent * min(CE(f), cap), where f are rows labelled
     forget and r are all others. With ascent 0 this is filtering by the labels."""
-    how = train.fill(config_from(cfg, train.Config, steps=steps), train.SETTINGS)
-    made_with = {k: getattr(how, k) for k in ("seed", "n_layer", "n_head", "n_embd", "batch_size",
-                                              "lr", "muon_lr", "steps")}
-    made_with |= {"arm": name, "texts": texts, "block_size": task.block_size}
-    made_with |= {"ascent": ascent, "cap": cfg.ntp_cap} if ascent else {}
+    how = train.fill(config_from(cfg, train.Config), train.SETTINGS)
+    seed, cap = seed_of(f"pretrain {name}", cfg.seed), cfg.ntp_cap * math.log(task.vocab_size)
 
-    def make(checkpoint):
-        model, seed = new_model(how, task, name), seed_of(f"pretrain {name}", cfg.seed)
-        cap = cfg.ntp_cap * math.log(task.vocab_size)
+    def loss_fn(model, step):
+        loss = model(*view.batch("retain", how.batch_size, step, seed))
+        if ascent:
+            away = model(*view.batch("forget", max(how.batch_size // 4, 1), step, seed))
+            loss = loss - ascent * away.clamp(max=cap)
+        return loss
 
-        def loss_fn(model, step):
-            loss = model(*view.batch("retain", how.batch_size, step, seed))
-            if ascent:
-                away = model(*view.batch("forget", max(how.batch_size // 4, 1), step, seed))
-                loss = loss - ascent * away.clamp(max=cap)
-            return loss
-
-        return model, fit(model, loss_fn, how, how.steps, how.lr, how.muon_lr, name=name, decay=0.8,
-                          tokens=how.batch_size * task.block_size, checkpoint=checkpoint,
-                          evaluate_at=range(0, how.steps, max(how.steps // 40, 1)),
-                          evaluate=lambda: task.score(model, ("retain",), "val"))
-
-    return obtain(name, cfg, task, made_with, make)
+    return from_scratch(name, loss_fn, how, task, steps, arm=name, texts=texts, **(
+        {"ascent": ascent, "cap": cfg.ntp_cap} if ascent else {}))
 
 
 # --- arms ----------------------------------------------------------------------------------------
@@ -252,7 +246,8 @@ def story(cfg, task):
 def draw(axes, rows, task, cfg):
     """Left: mean robustness against matched compute, grey where more than 5% of retain is lost.
     Right: the forget score under attack, arm by arm, as a heat map."""
-    names, after = list(dict.fromkeys(row["model"] for row in rows)), scored_by(rows)
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    after = f"relearned{words_of(rows[0])}"
 
     def of(name, figure):
         return mean([row for row in rows if row["model"] == name], figure)
@@ -280,14 +275,8 @@ def draw(axes, rows, task, cfg):
     axes[1].set(xlabel="steps of the attack", title="Forget score under attack (red: it is back)")
 
 
-def scored_by(rows):
-    """Which figures of rows tell forgetting: those of the words, if the task has words."""
-    return "relearned_words" if "relearned_words" in rows[0] else "relearned"
-
-
 def print_table(rows, cfg):
-    after = scored_by(rows)
-    robust = after.replace("relearned", "robustness")
+    after, robust = (f"{what}{words_of(rows[0])}" for what in ("relearned", "robustness"))
     columns = {k: k for k in ("retain", "forget")} | {
         f"after {s}": lambda row, s=s: row[after][str(s)] for s in cfg.attack_steps} | {
         "robust@40": lambda row: row[robust].get("40"), "robust": "robustness_mean",

@@ -10,7 +10,6 @@ on forget rows. Only base is needed.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
-import dataclasses
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -27,14 +26,11 @@ from eval import AfterBase, fill_attack, foundation
 from train import config_from, open_task, seeds
 
 
-TUNABLE = [name for name in unlearn.NAMES if name != "oracle"]
-
-
 @dataclass
 class Config(AfterBase):
     seed: int = knob(100, "the first seed: one that no table reports", 0, 2**31)
     seeds: int = knob(2, "how many seeds, from --seed on; their mean decides", 1)
-    methods: list[str] = knob(TUNABLE, "methods to tune", choices=TUNABLE)
+    methods: list[str] = knob(unlearn.FROM_BASE, "methods to tune", choices=unlearn.FROM_BASE)
     attempts: int = knob(12, "how many settings each method tries", 1)
     batch_size: int = knob(32, "rows in a batch, half forget and half retain", 2, 2**31)
     lr_range: list[float] = knob([1e-4, 3e-3], "the least and the largest rate", 0, 1)
@@ -58,8 +54,8 @@ def attempt(method, given, each, task, base):
     lr, weight, steps = given
     with tempfile.TemporaryDirectory() as folder:                    # keeps none of the models
         cfg = config_from(each, unlearn.Config, AfterBase, method=method, lr=lr, steps=steps,
-                          retain_weight=weight, batch_size=each.batch_size)
-        model, record = unlearn.unlearn(dataclasses.replace(cfg, out=folder), task, *base)
+                          retain_weight=weight, batch_size=each.batch_size, out=folder)
+        model, record = unlearn.unlearn(cfg, task, *base)
     with autocast(each):
         return task.score(model, part="val") | {
             "forget_loss": task.loss(model, "forget", 64, "val"), "flops": record["flops"]}

@@ -30,7 +30,7 @@ from train import open_task, seeds
 class Config(undo.Config):
     alphas: list[float] = knob([0.2, 0.4, 0.6, 0.8], "UNDO's noise", 0, 1)
     teachers: list[str] = knob(["maxent", "graddiff", "npo"], "their unlearning methods",
-                               choices=[name for name in unlearn.NAMES if name != "oracle"])
+                               choices=unlearn.FROM_BASE)
     share: float = knob(0.1, "the most compute of a trial's distillation, as a share of the "
                         "filtered run's", 1e-3, 1)
 

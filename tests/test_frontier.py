@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_unlearn import FORGET, RETAIN, Judged, T, V, lively, rows, same, weights
 
+import train
 from data import arithmetic
 from data.tokenizer import END
 from engine.hardware import counting_flops
@@ -121,10 +122,10 @@ def test_imitation_without_what_is_flagged(uniform, n):
 def test_pretraining_away(ascent, monkeypatch, tmp_path, float32):
     """CE(r) - ascent CE(f), until CE(f) is above the cap: then f has no gradient."""
     seen = []
-    monkeypatch.setattr(frontier, "fit", lambda model, loss_fn, *_, **__: (
+    monkeypatch.setattr(train, "fit", lambda model, loss_fn, *_, **__: (
         seen.append((model, loss_fn)), {"flops": 1, "steps": 1, "history": [{}]})[1])
-    monkeypatch.setattr(frontier, "obtain", lambda name, cfg, task, made_with, make: make(None))
-    monkeypatch.setattr(frontier, "new_model", lambda *_: lively())
+    monkeypatch.setattr(train, "obtain", lambda name, cfg, task, made_with, make: make(None))
+    monkeypatch.setattr(train, "new_model", lambda *_: lively())
     task = SimpleNamespace(vocab_size=V, block_size=T, batch=lambda split, *_: {
         "retain": RETAIN, "forget": FORGET}[split])
     loss_of = lambda model, rows: F.cross_entropy(  # noqa: E731
