@@ -1,7 +1,8 @@
 """A small modern GPT in one file. It knows nothing of tasks or techniques.
 
 RMSNorm without weights, rotary positions, QK-norm, fused QKV, ReLU^2 MLP, zero-initialised output
-projections, tied embeddings, no biases.
+projections, tied embeddings, no biases. By the last flags of GPTConfig it is a model of the Llama
+family (Touvron et al. 2023): data/pretrained.py reads such models from disk.
 
 Four plain ways in, for the scripts that look inside:
   model.residuals(idx)         the residual stream after the embedding and after every block
@@ -36,6 +37,12 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128        # C: width of the residual stream
     n_units: int = 0         # MLP units in a block; 0: 4 C
+    rope_base: float = 10000.0
+    qk_norm: bool = True     # queries and keys are normalised
+    norm_wte: bool = True    # so is the embedding
+    gated: bool = False      # MLP units are silu(gate x) (up x) instead of relu(up x)^2
+    tied: bool = True        # the embedding also unembeds
+    eps: float | None = None     # of RMSNorm; None: the smallest step of the type
 
     def __post_init__(self):
         self.n_units = self.n_units or 4 * self.n_embd
@@ -49,8 +56,8 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
-def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+def norm(x, eps=None):
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
 def rotate(x, cos, sin):
@@ -79,14 +86,15 @@ def attend(q, k, v):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, cos, sin, cache=None, hook=untouched):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k = rotate(norm(qkv[:, :, :2]), cos, sin).unbind(2)         # both at once: fewer kernels
+        qk = norm(qkv[:, :, :2]) if self.qk_norm else qkv[:, :, :2]
+        q, k = rotate(qk, cos, sin).unbind(2)                          # both at once: fewer kernels
         q, k, v = (t.transpose(1, 2) for t in (q, k, qkv[:, :, 2]))          # (B, nh, T, hs)
         dtype = torch.float32 if cache and x.device.type == "cpu" else v.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -104,9 +112,13 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.n_units, bias=False)
         self.down = nn.Linear(config.n_units, config.n_embd, bias=False)
+        self.gate = (nn.Linear(config.n_embd, config.n_units, bias=False) if config.gated else
+                     None)
 
     def forward(self, x, hook=untouched):
-        return self.down(hook("units", F.relu(self.up(x)).square()))
+        h = (F.relu(self.up(x)).square() if self.gate is None else
+             F.silu(self.gate(x)) * self.up(x))
+        return self.down(hook("units", h))
 
 
 class Block(nn.Module):
@@ -114,10 +126,11 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config)
         self.mlp = MLP(config)
+        self.eps = config.eps
 
     def forward(self, x, cos, sin, cache=None, hook=untouched):
-        x = x + self.attn(norm(x), cos, sin, cache, hook)
-        return hook("residual", x + self.mlp(norm(x), hook))
+        x = x + self.attn(norm(x, self.eps), cos, sin, cache, hook)
+        return hook("residual", x + self.mlp(norm(x, self.eps), hook))
 
     def head(self, h):
         """Views of head h's weights: those that read, (3, hs, C) for q, k and v, and those that
@@ -130,9 +143,10 @@ class Block(nn.Module):
                 self.attn.proj.weight.view(C, n, C // n)[:, h])
 
     def units(self, js):
-        """Views of the weights of MLP units js (a slice): those that read, (n, C), and those that
-        write, (C, n)."""
-        return self.mlp.up.weight[js], self.mlp.down.weight[:, js]
+        """Views of the weights of MLP units js (a slice): those that read, (n, C), those that
+        write, (C, n), and those of the gate, (n, C), if there is one."""
+        gate = () if self.mlp.gate is None else (self.mlp.gate.weight[js],)
+        return self.mlp.up.weight[js], self.mlp.down.weight[:, js], *gate
 
 
 class KVCache:
@@ -195,10 +209,12 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding((config.vocab_size + 63) // 64 * 64, config.n_embd)   # and output
+        padded = (config.vocab_size + 63) // 64 * 64
+        self.wte = nn.Embedding(padded, config.n_embd)                    # and output, if tied
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = None if config.tied else nn.Linear(config.n_embd, padded, bias=False)
         half = config.n_embd // config.n_head // 2
-        speed = 10000.0 ** -(torch.arange(half) / half)
+        speed = config.rope_base ** -(torch.arange(half) / half)
         angle = torch.outer(torch.arange(config.block_size), speed)
         self.register_buffer("cos", angle.cos()[:, None, None], persistent=False)
         self.register_buffer("sin", angle.sin()[:, None, None], persistent=False)   # (T,1,1,hs/2)
@@ -208,17 +224,19 @@ class GPT(nn.Module):
     def init_weights(self, generator=None):
         """Draws all weights from a torch.Generator (None: from torch's global generator).
 
-        wte          normal(0, .02)
-        qkv, up      uniform, with standard deviation 1/sqrt(C)
-        proj, down   zero, so that every block starts as the identity
+        wte, head       normal(0, .02)
+        qkv, up, gate   uniform, with standard deviation 1/sqrt(C)
+        proj, down      zero, so that every block starts as the identity
         """
-        self.wte.weight.copy_(0.02 * torch.randn(self.wte.weight.shape, generator=generator))
-        for block in self.blocks:
-            for w in (block.attn.qkv.weight, block.mlp.up.weight):
+        for name, w in self.named_parameters():
+            part = name.split(".")[-2]
+            if part in ("wte", "head"):
+                w.copy_(0.02 * torch.randn(w.shape, generator=generator))
+            elif part in ("proj", "down"):
+                w.zero_()
+            else:
                 bound = (3 / w.size(1)) ** 0.5
                 w.copy_(bound * (2 * torch.rand(w.shape, generator=generator) - 1))
-            for w in (block.attn.proj.weight, block.mlp.down.weight):
-                w.zero_()
 
     def clone(self):
         """A new model with a copy of these weights."""
@@ -249,7 +267,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens in a row, but block_size is {self.config.block_size}")
         at = slice(0, T) if cache is None else cache.start(T)
         cos, sin = self.cos[at], self.sin[at]
-        stream = [norm(self.wte(idx))]
+        x = self.wte(idx)
+        stream = [norm(x) if self.config.norm_wte else x]
         for i, block in enumerate(self.blocks):
             at = (lambda site, h, i=i: hook(site, i, h)) if hook else untouched
             stream.append(block(stream[-1], cos, sin, cache, at))
@@ -257,7 +276,8 @@ class GPT(nn.Module):
 
     def unembed(self, x):
         """Logits (..., vocab_size) of a residual (..., C), without the vocabulary's padding."""
-        return F.linear(norm(x), self.wte.weight)[..., :self.config.vocab_size]
+        table = self.wte if self.head is None else self.head
+        return F.linear(norm(x, self.config.eps), table.weight)[..., :self.config.vocab_size]
 
     def forward(self, idx, targets=None, criterion=cross_entropy, cache=None, residual=None,
                 hook=None):
@@ -380,7 +400,8 @@ def read_model(path, device="cpu"):
     checkpoint = read_sealed(path, device)
     try:
         weights, config = checkpoint["model"], GPTConfig(**checkpoint["config"])
-        if (len(weights), weights["wte.weight"].size(1)) != (1 + 4 * config.n_layer, config.n_embd):
+        tensors = (1 if config.tied else 2) + (5 if config.gated else 4) * config.n_layer
+        if (len(weights), weights["wte.weight"].size(1)) != (tensors, config.n_embd):
             raise ValueError                       # fail before a wrong config allocates memory
         model = GPT(config).to(device)
         model.load_state_dict(weights)

@@ -140,7 +140,8 @@ def spread(alpha, cfg, task, model, rounds=()):
         chosen = torch.zeros(shape)
         chosen.view(-1)[scores.flatten().topk(round(alpha * scores.numel())).indices.cpu()] = 1
         for block, factor, units in zip(model.blocks, factors, chosen.to(task.device)):
-            alphas[id(block.mlp.up.weight)] = factor * units[:, None]
+            for part in (block.mlp.up, block.mlp.gate):
+                alphas |= {id(part.weight): factor * units[:, None]} if part else {}
             alphas[id(block.mlp.down.weight)] = factor * units
     return [alphas[id(p)] for p in model.parameters()]
 
