@@ -425,11 +425,12 @@ def depends(cfg):
     return names + list(DEPENDS.get(cfg.around, ())) * (cfg.method == "sam")
 
 
-def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, folder=""):
+def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, folder="", alike=1):
     """(model, record) of base after cfg.method, read from disk or made. The oracle needs the
     filtered model.
 
     folder   where the model is kept among a seed's models, for example "labels-50/"
+    alike    how many models a script makes by this method, which share what is compiled
     The record's FLOPs are those spent after pretraining base. Those of cfg.after are included, and
     the oracle's include the filtered model's. A model of cfg.after is made with its own settings
     and is kept as first-NAME.
@@ -468,7 +469,7 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
     def attempt(lr, checkpoint=None):
         model = base.clone()
         record = fit(model, loss_fn, cfg, cfg.steps, lr, name=f"{cfg.method} {lr:g}", decay=0.5,
-                     tokens=(1 + more) * half * task.block_size, frozen=(reference,),
+                     tokens=(1 + more) * half * task.block_size, frozen=(reference,), alike=alike,
                      evaluate=lambda: task.score(model, part="val"), checkpoint=checkpoint)
         return model, record
 

@@ -55,7 +55,7 @@ def attempt(method, given, each, task, base):
     with tempfile.TemporaryDirectory() as folder:                    # keeps none of the models
         cfg = config_from(each, unlearn.Config, AfterBase, method=method, lr=lr, steps=steps,
                           retain_weight=weight, batch_size=each.batch_size, out=folder)
-        model, record = unlearn.unlearn(cfg, task, *base)
+        model, record = unlearn.unlearn(cfg, task, *base, alike=each.attempts * each.seeds)
     with autocast(each):
         return task.score(model, part="val") | {
             "forget_loss": task.loss(model, "forget", 64, "val"), "flops": record["flops"]}
