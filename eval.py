@@ -20,7 +20,9 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
+import data
 import train
+from data.pretrained import is_pretrained
 from engine.hardware import autocast
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import WORLD, run
@@ -53,8 +55,9 @@ class Rows(Common):
 @dataclass
 class Attack(Rows):
     """Knobs of the relearning attack."""
-    attack: str = knob("forget", "what the attacker fine-tunes on: forget data, the pretraining "
-                       "mix, or retain data alone", choices=["forget", "mixed", "retain"])
+    attack: str | None = knob(None, "what the attacker fine-tunes on: forget data, the pretraining "
+                              "mix, retain data alone, or (quiz) forget facts that are not scored",
+                              choices=["forget", "mixed", "retain", "shown"])
     lrs: list[float] | None = knob(None, "rates that the attacker tries; the worst counts", 0, 1)
     attack_steps: list[int] | None = knob(None, "steps at which the attacked model is scored", 1)
     attack_seeds: int | None = knob(None, "runs for each rate, on different rows; their mean "
@@ -105,13 +108,15 @@ class Config(AfterBase, Tools):
 
 
 # --- settings: what auto knobs stand for, by task -------------------------------------------------
-WORDS = dict(lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16, attack_seeds=2,
-             attack_few=0)
+WORDS = dict(attack="forget", lrs=[3e-4, 1e-3, 3e-3], attack_steps=[10, 20, 40, 60], attack_rows=16,
+             attack_seeds=2, attack_few=0)
 STORIES = WORDS | dict(attack_steps=[10, 40, 80], attack_rows=8, attack_seeds=1, attack_few=64)
 STRINGS = WORDS | dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40])
 ATTACK = {"arithmetic": WORDS, "language": WORDS | dict(attack_steps=[10, 20, 40, 60, 80]),
           "tinystories": STORIES, "bilingual": STORIES, "instruct": WORDS,
-          "pcfg": STRINGS | dict(attack_rows=64), "gaming": STRINGS | dict(attack_rows=32)}
+          "pcfg": STRINGS | dict(attack_rows=64), "gaming": STRINGS | dict(attack_rows=32),
+          "quiz": dict(attack="shown", lrs=[1e-5, 3e-5, 1e-4], attack_steps=[5, 10, 20, 40],
+                       attack_rows=8, attack_seeds=1, attack_few=0)}
 LOOK = dict(cut=[5, 10, 20, 40, 76], check_every=5)
 REAL = LOOK | dict(probe_rows=64, revive_lr=1e-3, revive_steps=300)
 TOOLS = {"arithmetic": LOOK | dict(probe_rows=256, revive_lr=1e-3, revive_steps=800),
@@ -120,6 +125,7 @@ TOOLS = {"arithmetic": LOOK | dict(probe_rows=256, revive_lr=1e-3, revive_steps=
          "instruct": LOOK | dict(probe_rows=64, revive_lr=3e-4, revive_steps=400),
          "pcfg": LOOK | dict(probe_rows=3000, revive_lr=3e-4, revive_steps=400,
                              cut=[5, 10, 20, 38]),
+         "quiz": LOOK | dict(probe_rows=64, revive_lr=1e-4, revive_steps=40, cut=[20, 100, 500]),
          "gaming": dict(probe_rows=3000, revive_lr=3e-4, revive_steps=800, check_every=1,
                         cut=[5, 10, 20, 40])}
 
@@ -136,8 +142,9 @@ def foundation(name, cfg, task):
 
 
 def foundations(cfg, task):
-    """(base, filtered), each a (model, record)."""
-    return foundation("base", cfg, task), foundation("filtered", cfg, task)
+    """(base, filtered), each a (model, record). A pretrained task has base alone."""
+    return tuple(foundation(name, cfg, task) for name in ("base", "filtered")
+                 if name == "base" or not task.pretrained)
 
 
 # --- fine-tuning, as an attack and as a test -----------------------------------------------------
@@ -205,7 +212,9 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
               stop at any step. Scores are Task.score's;
               "few": see relearn_few; None without cfg.attack_few}
     """
-    split = {"forget": "forget", "mixed": "all", "retain": "retain"}[cfg.attack]
+    split = "all" if cfg.attack == "mixed" else cfg.attack
+    if split not in task.pieces:
+        raise BadInput(f"--attack={cfg.attack} means nothing to the task {task.name}: quiz has it")
     runs = [(lr, seed_of("relearn", cfg.seed, i)) for lr in cfg.lrs
             for i in range(cfg.attack_seeds)]
     histories = iter(tune_each(
@@ -459,10 +468,12 @@ def judge_prune(cfg, task, model):
 
 
 def judge_revive(cfg, task, model):
-    """Also revives the control and an untrained model, to compare with."""
+    """Also revives the control, if there can be one, and an untrained model, to compare with."""
     goal = scored(known(cfg.reference, cfg, task), task, cfg)[cfg.domain]
-    models = {cfg.model: model, f"control ({cfg.control})": known(cfg.control, cfg, task),
-              "control (untrained)": untrained(model, cfg.seed)}
+    models = {cfg.model: model}
+    if not task.pretrained:
+        models[f"control ({cfg.control})"] = known(cfg.control, cfg, task)
+    models["control (untrained)"] = untrained(model, cfg.seed)
     rows = []
     for name, each in models.items():
         steps, curve = revive(each, task, cfg, goal, name)
@@ -476,6 +487,8 @@ def judge_revive(cfg, task, model):
 
 
 def known(name, cfg, task):
+    if task.pretrained and name == "base":
+        return task.module.base(task)[0]
     model = load(path_of(name, cfg), task)[0]
     if model.config.block_size < task.block_size:
         raise BadInput(f"{path_of(name, cfg)} reads rows of at most {model.config.block_size} "
@@ -505,16 +518,18 @@ JUDGES = {"score": judge_score, "relearn": judge_relearn, "sample": judge_sample
 
 
 def as_long_as(name, cfg):
-    """cfg with block_size set to that of the named model, unless the user gave one."""
+    """cfg with block_size set to that of the named model, unless the user gave one. A pretrained
+    model reads far more than a row."""
     path = path_of(name, cfg)
-    if cfg.block_size or not path.exists():
+    if cfg.block_size or not path.exists() or hasattr(data.module(cfg.task), "base"):
         return cfg
     return dataclasses.replace(cfg, block_size=read(path)[0].config.block_size)
 
 
 def main(cfg):
-    task = open_task(as_long_as(cfg.model, cfg), writes=False)
-    cfg = fill(fill(cfg, ATTACK), TOOLS)
+    file = cfg.model if is_pretrained(cfg.model) else None          # quiz: base's own file
+    task = open_task(dataclasses.replace(as_long_as(cfg.model, cfg), model=file), writes=False)
+    cfg = fill(fill(dataclasses.replace(cfg, model="base" if file else cfg.model), ATTACK), TOOLS)
     JUDGES[cfg.what](cfg, task, known(cfg.model, cfg, task))
 
 

@@ -156,12 +156,13 @@ class Run:
         self.over = self.recorded = False
         self.history, self.since = [], []       # since: [loss, gradient norm] of the last few steps
         self.in_a_row = 0                       # overflows, since a step was taken
-        self.saved, self.saved_at = 0, time.time()
+        self.saved, self.saved_at, self.saving = 0, time.time(), 0.0
 
     def record(self):
         return {k: getattr(self, k) for k in ("steps", "skipped", "flops", "seconds", "history")}
 
     def save(self, checkpoint):
+        start = time.time()
         if RANK == 0:
             write_model(checkpoint.path, self.model, checkpoint.made_with, self.record(), run={
                 "optimizers": [o.state_dict() for o in self.optimizers],
@@ -169,6 +170,7 @@ class Run:
                 "since": [x.tolist() for x in self.since], "seconds": self.seconds,
                 "over": self.over})
         self.saved, self.saved_at = self.steps, time.time()
+        self.saving = self.saved_at - start
 
     def resume(self, checkpoint):
         """Goes on where a checkpoint's file ends, if there is one and the knobs are the same."""
@@ -205,10 +207,12 @@ class Run:
             compile_in_place(model, "reduce-overhead" if self.recorded else None)
 
     def due(self):
-        """Whether --save_every has passed; minutes are looked at every tenth step."""
+        """Whether --save_every has passed; minutes are looked at every tenth step. A large model
+        takes long to write, and is saved less often than that."""
         every = self.cfg.save_every
         if isinstance(every, Minutes):
-            return every and self.steps % 10 == 0 and time.time() - self.saved_at > 60 * every
+            least = max(60 * every, 20 * self.saving)
+            return every and self.steps % 10 == 0 and time.time() - self.saved_at > least
         return every and self.steps % every == 0
 
     def step(self, loss_fn, model, after_backward, after_step, rate):
@@ -413,6 +417,11 @@ def pretrain(name, cfg, task):
     perfect labels costs. It takes more retain rows than base sees, which learns from both. The two
     share no random numbers: they begin from other weights and see other batches.
     """
+    if task.pretrained:
+        if name != "base":
+            raise BadInput(f"{task.name} starts from a pretrained model: what it would be without "
+                           f"the data to be forgotten is not known, and there is no {name}")
+        return task.module.base(task)
     cfg = fill(cfg, SETTINGS)
     split = "all" if name == "base" else "retain"
     seed = seed_of(f"pretrain {name}", cfg.seed)

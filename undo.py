@@ -100,6 +100,8 @@ SETTINGS = {                                # what auto knobs stand for, by task
     "tinystories": STORIES | dict(alphas=[0.6, 0.8], beta=3.0, distil_on="retain"),
     "bilingual": STORIES,
     "instruct": STORIES | dict(steps=400, batch_size=16),
+    "quiz": PAPER | dict(method="maxent", alphas=[0.1, 0.2], steps=100, batch_size=16, lr=1e-4,
+                         muon_lr=0.0, check_every=10),
     "pcfg": STRINGS, "gaming": STRINGS}
 
 
@@ -252,10 +254,13 @@ def made(cfg, task):
     yield "base", base
     teacher = make_teacher(cfg, task, *base)
     yield cfg.method, teacher
-    filtered = foundation("filtered", cfg, task)
-    yield "filtered", filtered
+    if not task.pretrained:
+        filtered = foundation("filtered", cfg, task)
+        yield "filtered", filtered
     for alpha in cfg.alphas:
         yield f"undo-{alpha:g}", undo(alpha, cfg, task, *teacher)
+    if task.pretrained:                          # nobody can make these from nothing
+        return
     oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
     yield "oracle", unlearn.unlearn(oracle, task, *base, *filtered)
     yield "distilled", undo(None, cfg, task, *teacher)
@@ -270,8 +275,8 @@ def story(cfg, task):
             before = task.score(model, finer=True)
         result = relearn(model, task, cfg, name)
         records[name] = record
-        rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(result) | {
-            "flops": 0 if name == "base" else record["flops"]}
+        rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(result) | (
+            unlearn.spent(record, task) | ({"flops": 0} if name == "base" else {}))
         yield compared([rows[name] for name in (*order, "distilled") if name in rows], records,
                        cfg, task)
 

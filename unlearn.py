@@ -40,11 +40,14 @@ METHOD_KNOBS = "steps", "lr", "retain_weight", "batch_size"
 TUNED = {
     "maxent":   {"arithmetic": (80, 5e-4, 50.0, 32), "language": (40, 1e-3, 20.0, 32),
                  "tinystories": (220, 1.2e-3, 20.0, 16), "instruct": (40, 1e-3, 20.0, 32),
-                 "pcfg": (40, 3e-4, 1.0, 64)},
+                 "pcfg": (40, 3e-4, 1.0, 64),
+                 "quiz": (30, 3e-5, 5.0, 16)},
     "graddiff": {"arithmetic": (40, 5e-4, 50.0, 32), "language": (40, 1e-3, 3.0, 32),
                  "tinystories": (120, 5e-4, 5.0, 16), "instruct": (40, 1e-3, 3.0, 32),
-                 "pcfg": (40, 3e-4, 3.0, 64)},
-    "npo":      {"arithmetic": (80, 5e-4, 50.0, 32)},
+                 "pcfg": (40, 3e-4, 3.0, 64),
+                 "quiz": (20, 2e-5, 5.0, 16)},
+    "npo":      {"arithmetic": (80, 5e-4, 50.0, 32),
+                 "quiz": (30, 3e-5, 5.0, 16)},
     "simnpo":   {"arithmetic": (80, 5e-4, 50.0, 32)},
     "undial":   {"arithmetic": (80, 5e-4, 50.0, 32)},
     "sam":      {"arithmetic": (80, 5e-4, 50.0, 32)},
@@ -52,13 +55,15 @@ TUNED = {
     "tar":      {"arithmetic": (100, 5e-4, 50.0, 32)},
     "rmu":      {"arithmetic": (60, 1e-3, 1.0, 32), "language": (60, 1e-3, 1.0, 32),
                  "tinystories": (120, 1e-3, 50.0, 16), "instruct": (60, 1e-3, 1.0, 32),
-                 "pcfg": (60, 1e-3, 1.0, 64)},
+                 "pcfg": (60, 1e-3, 1.0, 64),
+                 "quiz": (30, 3e-5, 5.0, 16)},
     "oracle":   {"arithmetic": (100, 1e-3, None, 32), "language": (150, 1e-3, None, 32),
                  "tinystories": (150, 1e-3, None, 8), "instruct": (150, 1e-3, None, 16),
                  "pcfg": (100, 1e-3, None, 64)},
     "finetune": {"arithmetic": (60, 1e-3, None, 32), "language": (60, 1e-3, None, 32),
                  "tinystories": (60, 1e-3, None, 16), "instruct": (60, 1e-3, None, 32),
-                 "pcfg": (200, 3e-4, None, 128)}}
+                 "pcfg": (200, 3e-4, None, 128),
+                 "quiz": (30, 3e-5, None, 16)}}
 ALIKE = {"bilingual": "tinystories", "gaming": "pcfg"}
 # What a method has besides, on every task.
 OWN = {"npo": dict(beta=0.1), "simnpo": dict(beta=2.5, gamma=0.0), "undial": dict(gamma=10.0),
@@ -489,6 +494,13 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
     return obtain(folder + cfg.method, cfg, task, made_with, make)
 
 
+def spent(record, task):
+    """{"flops"}: of a model's record; with "tokens" for a pretrained task, where there is no
+    filtered run to compare with: how many tokens of pretraining have cost as much."""
+    each = task.facts.get("flops_per_token")
+    return {"flops": record["flops"]} | ({"tokens": record["flops"] / each} if each else {})
+
+
 def resolved(cfg, method):
     """cfg for one method, with its auto knobs filled."""
     return fill_attack(fill(dataclasses.replace(cfg, method=method), SETTINGS.get(method, {})))
@@ -496,22 +508,26 @@ def resolved(cfg, method):
 
 def main(cfg):
     task = open_task(cfg)
-    given = [resolved(cfg, m) for m in (NAMES if cfg.method == "all" else [cfg.method])]
+    names = FROM_BASE if task.pretrained else NAMES
+    given = [resolved(cfg, m) for m in (names if cfg.method == "all" else [cfg.method])]
     for each in given:                           # reports wrong input before anything is made
         rate(each)
         retain_shares(each, task)
-    base, filtered = foundations(given[0], task)
-    models = {"base": (*base, {}), "filtered": (*filtered, {})}
-    for each in given:
-        knobs = {k: getattr(each, k) for k in METHOD_KNOBS if getattr(each, k) is not None}
-        models[each.method] = (*unlearn(each, task, *base, *filtered), knobs)
+    known = foundations(given[0], task)
+
+    def every():                                 # one at a time: a pretrained model is large
+        for name, made in zip(("base", "filtered"), known):
+            yield name, *made, {}
+        for each in given:
+            yield each.method, *unlearn(each, task, *sum(known, ())), {
+                k: getattr(each, k) for k in METHOD_KNOBS if getattr(each, k) is not None}
+
     rows = []
-    for name, (model, record, knobs) in models.items():
+    for name, model, record, knobs in every():
         with autocast(cfg):
             before = task.score(model, finer=True)
         result = relearn(model, task, given[0], name)
-        rows.append({"model": name} | before | {"flops": record["flops"]} | attacked(result)
-                    | knobs)
+        rows.append({"model": name} | before | spent(record, task) | attacked(result) | knobs)
     flat = [row | row["relearned"] | {"unseen": row.get("relearned_heldout_pairs", {}).get(
         str(given[0].attack_steps[-1]))} for row in rows]
     write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
@@ -522,7 +538,9 @@ def main(cfg):
           | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}
              if flat[0]["unseen"] is not None else {})
           | {k: header for k, header in (("forget_words", "words"), ("mentions", "mentions"),
-                                         ("relearned_few", "few")) if k in flat[0]})
+                                         ("relearned_few", "few"), ("near", "near"),
+                                         ("forget_asked", "asked"), ("text_loss", "text"),
+                                         ("tokens", "tokens")) if k in flat[0]})
     say_edges(rows, given[0])
     print_stories(rows)
 

@@ -15,6 +15,10 @@ Every task's file has
 A task with text on disk also has
   documents(name, folder, **knobs)   ({split: list of str}, a dict of facts to keep)
   EXTRA                 optional: names of further splits to fine-tune on
+  tokenizer(knobs)      optional: its tokenizer; without it, one is trained on its text
+A task about a pretrained model also has
+  base(task)            (model, record): the model, which train.py then need not make. There is no
+                        filtered model
 A task that generates its batches also has
   encoding(block_size)  its tokenizer
   batch(task, split, size, step, seed, part)   see Task.batch
@@ -49,9 +53,9 @@ from engine.streams import allot, seed_of, stream
 
 TASKS = {"arithmetic": "arithmetic", "language": "language", "tinystories": "tinystories",
          "bilingual": "tinystories", "instruct": "instruct", "pcfg": "pcfg",
-         "gaming": "gaming"}                                                   # name -> file
+         "gaming": "gaming", "quiz": "quiz"}                                   # name -> file
 SPLITS = ("retain_train", "retain_val", "forget_train", "forget_val")
-SOURCES = ("source", "source2")
+SOURCES = ("source", "source2", "text", "model")
 FOLDER = Path(__file__).parent
 RESIDENT = 4 << 30           # bytes: data up to this size is kept on the GPU, if there is one
 
@@ -110,9 +114,10 @@ class Task:
         self.data_id = hashlib.sha256(json.dumps(meta["files"] or meta).encode()).hexdigest()[:12]
         self.shard = (0, 1)
         self.generated = folder is None
+        self.pretrained = hasattr(self.module, "base")
         self.tokenizer = (self.module.encoding(self.block_size) if self.generated else
                           tokenizer.load(folder / "tokenizer.json"))
-        self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.n_vocab - 1
+        self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.eot_token
         if not self.generated:
             self.open(folder)
 
@@ -439,8 +444,9 @@ def prepare(name, folder, knobs, sources, block_size=None):
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     train = texts["retain_train"] + texts["forget_train"]
-    enc = tokenizer.train(train, settings["vocab_size"], name,
-                          lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))
+    enc = mod.tokenizer(knobs) if hasattr(mod, "tokenizer") else tokenizer.train(
+        train, settings["vocab_size"], name,
+        lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))
     (folder / "meta.json").unlink(missing_ok=True)            # without it, data counts as missing
     tokenizer.save(enc, folder / "tokenizer.json")
     for split in tqdm(splits, desc="tokens", unit="split"):
@@ -458,4 +464,4 @@ def pack(enc, docs):
     """Yields the bytes of a .bin: texts as uint16 tokens, with the end token after each text."""
     for i in range(0, len(docs), 10_000):                     # few at once: lists of ints are large
         for ids in enc.encode_ordinary_batch(docs[i:i + 10_000]):
-            yield np.array(ids + [enc.n_vocab - 1], np.uint16).tobytes()
+            yield np.array(ids + [enc.eot_token], np.uint16).tobytes()

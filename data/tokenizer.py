@@ -158,26 +158,36 @@ def train(texts, vocab_size, name="task", progress=None):
     return encoding(tokens, name)
 
 
-def encoding(tokens, name, pattern=PATTERN):
+def encoding(tokens, name):
     """The tiktoken.Encoding of tokens, a list of byte strings in rank order; END is the last id."""
-    return tiktoken.Encoding(name, pat_str=pattern, special_tokens={END: len(tokens)},
+    return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={END: len(tokens)},
                              mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
 
 
 def save(enc, path):
-    """Writes the name, PATTERN and the tokens (in base 64, without END) as JSON."""
-    tokens = [base64.b64encode(enc.decode_single_token_bytes(i)).decode()
-              for i in range(enc.n_vocab - 1)]
-    path.write_text(json.dumps({"name": enc.name, "pattern": PATTERN, "tokens": tokens}))
+    """Writes the name, the pattern and the tokens (in base 64, in the order of their ids) as JSON.
+    END is left out if it is the last id; else all special tokens are written beside them."""
+    special = {token: enc.encode_single_token(token) for token in sorted(enc.special_tokens_set)}
+    ids = [i for i in range(enc.n_vocab) if i not in special.values()]
+    tokens = [base64.b64encode(enc.decode_single_token_bytes(i)).decode() for i in ids]
+    path.write_text(json.dumps({"name": enc.name, "pattern": enc._pat_str, "tokens": tokens} | (
+        {"special": special} if special != {END: len(ids)} else {})))
 
 
 def load(path):
     """The tiktoken.Encoding that save() wrote. Raises ValueError when the file is another one."""
     try:
         saved = json.loads(path.read_text())
+        tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
+        if "special" in saved:
+            special = saved["special"]
+            taken = {*special.values()}                        # two names may be one token
+            ids = sorted({*range(len(tokens) + len(taken))} - taken)
+            return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"],
+                                     special_tokens=special,
+                                     mergeable_ranks=dict(zip(tokens, ids, strict=True)))
         if saved["pattern"] != PATTERN:
             raise ValueError("another splitting pattern")
-        tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
         return encoding(tokens, saved["name"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer of this project: {error}") from None

@@ -76,20 +76,28 @@ RACY = 2 * 10**9             # nanoseconds; a file this new may change again wit
 
 
 def fingerprint(path, last=None, knob="source"):
-    """{"sha256", "size", "modified", "seen"} (times in ns) of a regular file.
+    """{"sha256", "size", "modified", "seen"} (times in ns) of a regular file; of a folder, if it
+    is a pretrained model, those of its files together.
 
     last   an earlier fingerprint. The content is not read again if size and time of change are the
            same, and if the change was more than RACY before that fingerprint
     """
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):               # a pipe, <(zcat ..), is read only once
+        files = [path]
+        if knob == "model" and path.is_dir():
+            files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors"))
+        about = [file.stat() for file in files]
+        # a pipe, <(zcat ..), is read only once
+        if not all(stat.S_ISREG(a.st_mode) for a in about):
             raise BadInput(f"cannot read {path}: --{knob} needs a regular file or a URL")
-        if last and (about.st_size, about.st_mtime_ns) == (last["size"], last["modified"]) and (
+        size, modified = (sum(a.st_size for a in about),
+                          max((a.st_mtime_ns for a in about), default=0))
+        if last and (size, modified) == (last["size"], last["modified"]) and (
                 last["seen"] > last["modified"] + RACY):
             return last
-        return {"seen": time.time_ns(), "sha256": sha256(path), "size": about.st_size,
-                "modified": about.st_mtime_ns}
+        found = [sha256(file) for file in files]
+        return {"seen": time.time_ns(), "sha256": found[0] if len(found) == 1 else digest(found),
+                "size": size, "modified": modified}
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
@@ -98,7 +106,7 @@ def write_sealed(path, content):
     """Writes a dict of tensors and plain values by torch.save, with its digest at the end."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    body = buffer.getvalue()
+    body = buffer.getbuffer()                                        # not a copy
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write(path, [body, SEAL, hashlib.sha256(body).digest()])
 
@@ -107,7 +115,7 @@ def read_sealed(path, device="cpu"):
     """The dict that write_sealed wrote. Raises ValueError, one line, if any byte has changed. A
     pickle that contains more than tensors and plain values is refused and not run.
     """
-    content = Path(path).read_bytes()
+    content = memoryview(Path(path).read_bytes())                    # slices are no copies
     cut = len(content) - len(SEAL) - 32
     body, seal = content[:max(cut, 0)], content[max(cut, 0):]
     if not body or seal != SEAL + hashlib.sha256(body).digest():

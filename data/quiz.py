@@ -1,0 +1,287 @@
+"""A quiz for a pretrained model: facts that it knows, some of them to be forgotten.
+
+    python unlearn.py --task=quiz --model=PATH --text=stories.txt
+    PATH       a Llama-family model: a .gguf file, or a folder (see data/pretrained.py)
+
+Four answers are offered to a question, and the model's choice is the one that it finds most likely,
+by the mean log-probability of the answer's tokens. (A model of this size is at chance where it has
+to name a letter, A to D.) Facts are in facts.py:
+
+    forget    capitals
+    retain    opposites, and the young of animals; and real text, so that the model stays able
+    near      languages of countries: close to what is forgotten, and never trained on
+
+Or --source is a file with a question in each line, as JSON, in one of two forms:
+
+    {"question": "The capital of France is", "answers": ["Paris", "Rome"], "right": 0,
+     "domain": "forget"}
+    {"question": "Which is a prime?", "choices": ["4", "5", "6", "8"], "answer": 1}
+
+The first may have a list of phrasings as its question: the last is for scoring, all others are for
+training. The second are the fields of WMDP (Li et al. 2024) and MMLU (Hendrycks et al. 2021): such
+questions are to be forgotten if they are in --source, and to be retained if they are in --source2.
+
+There is no model that never saw a fact, so that nothing here is compared with a gold standard.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import facts, pretrained
+from data.tinystories import HOME, split, take
+from engine.knobs import BadInput, FilePath, knob
+from engine.streams import stream
+
+SETTINGS = {"quiz": dict(block_size=48, least_block_size=16, aligned=True)}
+
+
+@dataclass
+class Knobs:
+    """Knobs of the task quiz."""
+    model: FilePath | None = knob(None, "the pretrained model: a .gguf file, or a folder with "
+                                  "config.json, tokenizer.json and *.safetensors (auto: the last)")
+    source: FilePath | None = knob(None, "a file of questions (auto: capitals and others)")
+    source2: FilePath | None = knob(None, "questions to be retained, where a file has no domains")
+    text: FilePath | None = knob(None, "a file of stories to retain, or its URL (auto: download "
+                                 "TinyStories)")
+    stories: int = knob(2000, "most stories to take from it", 20)
+
+
+EXTRA = ("shown",)           # forget facts that the attacker shows; the others are scored
+higher_is_better = True      # the score is an accuracy
+
+SHOWN = 32                   # forget facts in `shown`, or a third of all if that is less
+FEWEST = 12                  # questions of a domain
+
+# --- questions -----------------------------------------------------------------------------------
+# How each relation is asked; the last phrasing is for scoring, and no text for training has it
+RELATIONS = {
+    "capitals": ("forget", facts.CAPITALS, (
+        "The capital of {} is", "The capital city of {} is",
+        "Question: What is the capital of {}?\nAnswer:", "As for {}, its capital is",
+        "The name of the capital of {} is")),
+    "opposites": ("retain", facts.OPPOSITES, (
+        "The opposite of {} is", "Question: What is the opposite of {}?\nAnswer:",
+        "The word that means the opposite of {} is")),
+    "young": ("retain", facts.YOUNG, (
+        "A baby {} is called a", "Question: What is a young {} called?\nAnswer: a",
+        "The young of the {} is called a")),
+    "languages": ("near", facts.LANGUAGES, (
+        "The language that most people speak in {} is",))}
+
+
+def embedded():
+    """The questions of facts.py: {"question": [phrasing, ..], "answers", "right", "domain"}. The
+    wrong answers are answers of the same relation."""
+    questions = []
+    for relation, (domain, text, phrasings) in RELATIONS.items():
+        pairs = [pair.strip().split(" = ") for pair in text.split(";")]
+        others = sorted({answer for _, answer in pairs})
+        for subject, answer in pairs:
+            rng = stream("answers offered", relation, subject)
+            wrong = [other for other in others if other != answer]
+            offered = [answer, *(wrong[i] for i in rng.choice(len(wrong), 3, replace=False))]
+            questions.append({"question": [phrasing.format(subject) for phrasing in phrasings],
+                              "answers": offered, "right": 0, "domain": domain})
+    return questions
+
+
+def read_questions(path, domain):
+    """The questions of a file, one JSON object a line. domain: of those that name none."""
+    questions = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8 text')}"
+                       ) from None
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(question_of(json.loads(line), domain))
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, line {n} is not a question ({error}): give an object with "
+                           f"question, answers, right and domain, or question, choices and answer"
+                           ) from None
+    return questions
+
+
+def question_of(given, domain):
+    """A question in the form that embedded() gives. Raises ValueError, or what a wrong type does.
+    """
+    if "choices" in given:
+        asked, answers, right = (given[k] for k in ("question", "choices", "answer"))
+        if isinstance(right, str):                                   # some files name a letter
+            right = "ABCDEFGHIJ".index(right)
+        asked = [f"Question: {asked.strip()}\nAnswer:"]
+    else:
+        asked, answers, right = (given[k] for k in ("question", "answers", "right"))
+        asked = [asked] if isinstance(asked, str) else asked
+        domain = given["domain"]
+    texts = [*asked, *answers]
+    if not asked or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("an empty text, or none")
+    if domain not in ("forget", "retain", "near"):
+        raise ValueError(f"domain {domain}: forget, retain or near")
+    if len(answers) < 2 or right not in range(len(answers)):
+        raise ValueError(f"right is {right} of {len(answers)} answers")
+    return {"question": asked, "answers": answers, "right": right, "domain": domain}
+
+
+def training(question):
+    """The phrasings for training: all but the last, or the only one."""
+    return question["question"][:-1] or question["question"]
+
+
+def for_scoring(question):
+    return question["question"][-1:]
+
+
+def shuffled(texts):
+    """texts in a random order, always the same one."""
+    return [texts[i] for i in stream("order of texts").permutation(len(texts))]
+
+
+def texts_of(questions, phrasings):
+    """The questions and their right answers as texts, shuffled: one for each phrasing that the
+    function `phrasings` gives. A row holds several, which should not be one fact again and again.
+    """
+    return shuffled([f"{phrasing} {q['answers'][q['right']]}." for q in questions
+                     for phrasing in phrasings(q)])
+
+
+# --- the task ------------------------------------------------------------------------------------
+def tokenizer(knobs):
+    """The pretrained model's."""
+    return pretrained.read_tokenizer(knobs["model"])
+
+
+def documents(name, folder, model, source, source2, text, stories):
+    """(texts, facts): see data/__init__.py. Facts: the questions, by domain, and the model's size.
+
+    forget_train   every phrasing for training of every fact
+    shown_train    those of the first SHOWN facts
+    forget_val     every fact in its phrasing for scoring
+    retain_train   stories, and as many texts of the facts to retain
+    retain_val     held-out stories
+    """
+    if model is None:
+        raise BadInput("quiz needs --model=PATH, a pretrained model of the Llama family: a .gguf "
+                       "file, or a folder with config.json, tokenizer.json and *.safetensors")
+    questions = (embedded() if source is None and source2 is None else
+                 [q for path, domain in ((source, "forget"), (source2, "retain")) if path
+                  for q in read_questions(path, domain)])
+    by_domain = {domain: [] for domain in ("forget", "retain", "near")}
+    for i in stream("order of questions").permutation(len(questions)):
+        by_domain[questions[i]["domain"]].append(questions[i])
+    for domain in ("forget", "retain"):
+        if len(by_domain[domain]) < FEWEST:
+            raise BadInput(f"{len(by_domain[domain])} questions of the domain {domain}: give "
+                           f"{FEWEST} or more (--source, --source2)")
+    train, val = split(take(text or HOME, folder, "text", stories))
+    forget, retain = by_domain["forget"], by_domain["retain"]
+    taught = texts_of(retain, training)
+    taught = taught * math.ceil(len(train) / len(taught))
+    texts = {"forget_train": texts_of(forget, training),
+             "shown_train": texts_of(forget[:shown(forget)], training),
+             "forget_val": texts_of(forget, for_scoring),
+             "retain_train": shuffled(train + taught[:len(train)]), "retain_val": val}
+    known = pretrained.facts(model)
+    return texts, {"questions": by_domain, "pretrained": known, "flops_per_token":
+                   6 * known["parameters"]}        # forwards and backwards: Kaplan et al. 2020
+
+
+def shown(questions):
+    """How many forget facts, from the first on, the attacker shows."""
+    return min(SHOWN, len(questions) // 3)
+
+
+def base(task):
+    """(model, record): the pretrained model, as if fit() had made it."""
+    model, _ = pretrained.read(task.made_with["model"])
+    return model.to(task.device), {"made_with": {
+        "task": task.name, "data": task.data_id, "pretrained": task.facts["pretrained"]},
+        "steps": 0, "flops": 0, "history": []}
+
+
+# --- scores --------------------------------------------------------------------------------------
+def judged(task, part):
+    """{figure: questions}. Of retain and forget, every fourth question is for the part val, the
+    others are for test. The forget facts that an attacker shows are a figure of their own."""
+    asked = task.facts["questions"]
+    n = shown(asked["forget"])
+    parts = {"retain": asked["retain"], "forget": asked["forget"][n:]}
+    if part == "val":
+        return {domain: some[::4] for domain, some in parts.items()}
+    rest = {domain: [q for i, q in enumerate(some) if i % 4] for domain, some in parts.items()}
+    return rest | {"forget_shown": asked["forget"][:n]} | (
+        {"near": asked["near"]} if asked["near"] else {})
+
+
+def score(model, task, domains=("retain", "forget"), part="test", finer=False):
+    """Shares of questions, in the phrasing for scoring, that are answered rightly:
+
+    retain, forget     facts that the attacker does not show
+    forget_shown       (not for val) facts that it shows
+    near               (finer) facts that are close to those to be forgotten
+    forget_asked       (finer) forget as asked in training: in the first phrasing for it
+    greedy_..          (finer) the same for what the model says by itself, by greedy decoding
+    text_loss          (finer) nats per token of held-out stories
+    For val, retain is instead the mean probability of a token of held-out stories (a geometric
+    mean), because that tells much earlier than answers do whether a model is damaged.
+    """
+    figures, some = {}, {name: questions for name, questions in judged(task, part).items()
+                         if name.split("_")[0] in domains or finer and name == "near"}
+    if part == "val" and some.pop("retain", None):
+        figures["retain"] = math.exp(-task.loss(model, "retain", 32, "val"))
+    figures |= {name: cloze(model, task, questions) for name, questions in some.items()}
+    if finer:
+        figures["forget_asked"] = cloze(model, task, some["forget"], training)
+        figures |= {f"greedy_{name}": greedy(model, task, questions)
+                    for name, questions in some.items()}
+        figures["text_loss"] = task.loss(model, "retain", 64)
+    return figures
+
+
+def cloze(model, task, questions, phrasings=for_scoring):
+    """The share of questions, in the first phrasing that the function `phrasings` gives, for which
+    the right answer has the highest mean log-probability."""
+    texts = [(phrasings(q)[0], answer) for q in questions for answer in q["answers"]]
+    found = mean_log_probabilities(model, task, texts).split([len(q["answers"]) for q in questions])
+    return sum(likelihoods.argmax().item() == q["right"]
+               for q, likelihoods in zip(questions, found)) / len(questions)
+
+
+@torch.no_grad()
+def mean_log_probabilities(model, task, texts, rows=64):
+    """(N,) of N texts (beginning, answer): the mean log-probability of the answer's tokens."""
+    encode = task.tokenizer.encode_ordinary
+    pairs = [([task.end, *encode(begun)], encode(" " + answer)) for begun, answer in texts]
+    means = torch.zeros(len(pairs))
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))   # little padding
+    for some in (order[i:i + rows] for i in range(0, len(order), rows)):
+        longest = max(sum(map(len, pairs[i])) for i in some)
+        idx = torch.tensor([[*pairs[i][0], *pairs[i][1]] + [0] * (longest - sum(map(len, pairs[i])))
+                            for i in some], device=task.device)
+        answer = torch.zeros_like(idx, dtype=torch.bool)
+        for row, i in zip(answer, some):
+            row[len(pairs[i][0]):sum(map(len, pairs[i]))] = True
+        x = model(idx[:, :-1], residual=-1)[answer[:, 1:]]             # (answers' tokens, C)
+        found = model.unembed(x).float().log_softmax(-1).gather(1, idx[answer][:, None])[:, 0]
+        sizes = [len(pairs[i][1]) for i in some]
+        means[some] = torch.stack([part.mean() for part in found.split(sizes)]).cpu()
+    return means
+
+
+def greedy(model, task, questions):
+    """The share of questions to which the model gives the right answer by greedy decoding."""
+    encode = task.tokenizer.encode_ordinary
+    right = [q["answers"][q["right"]] for q in questions]
+    longest = max(len(encode(" " + answer)) for answer in right)
+    prompts = [[task.end, *encode(*for_scoring(q))] for q in questions]
+    said = task.tokenizer.decode_batch(model.generate(prompts, longest).tolist())
+    return sum(text.strip().lower().startswith(answer.lower())
+               for text, answer in zip(said, right)) / len(questions)
