@@ -148,8 +148,13 @@ def spread(alpha, cfg, task, model, rounds=()):
     return [alphas[id(p)] for p in model.parameters()]
 
 
-def distil(student, teacher, task, cfg, name, checkpoint=None, imitate=imitate, rounds=()):
-    """Trains the student on forward KL(teacher || student), or as `imitate` says, over
+def like(model, teacher, idx, targets):
+    """KL(teacher || model) on a batch: see unlearn.imitate."""
+    return imitate(model, teacher, idx, targets.size(1))
+
+
+def distil(student, teacher, task, cfg, name, checkpoint=None, learn=like, rounds=()):
+    """Trains the student on forward KL(teacher || student), or as `learn` says, over
     cfg.distil_on's rows. Training stops once the student's retain score is within cfg.tolerance of
     the teacher's. Both scores are on held-out data that is not reported; if the task is labelled,
     on rows labelled retain.
@@ -163,8 +168,7 @@ def distil(student, teacher, task, cfg, name, checkpoint=None, imitate=imitate, 
     seed = seed_of("distil", cfg.seed, *rounds)
 
     def loss_fn(model, step):
-        idx, targets = task.batch(cfg.distil_on, cfg.batch_size, step, seed)
-        return imitate(model, teacher, idx, targets.size(1))
+        return learn(model, teacher, *task.batch(cfg.distil_on, cfg.batch_size, step, seed))
 
     record = fit(student, loss_fn, cfg, cfg.steps, cfg.lr, cfg.muon_lr, name=name, decay=0.8,
                  frozen=(teacher,), tokens=cfg.batch_size * task.block_size, checkpoint=checkpoint,
@@ -179,12 +183,12 @@ def distil(student, teacher, task, cfg, name, checkpoint=None, imitate=imitate, 
     return record
 
 
-def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None, imitate=imitate):
+def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None, learn=like):
     """(student, record) of UNDO at a noise level, read from disk or made.
 
     alpha    None means Unlearn-and-Distill: the student starts from a fresh initialisation
     folder   where the model is kept among a seed's models
-    imitate  how the student imitates its teacher (see unlearn.imitate)
+    learn    what the student learns from its teacher: (student, teacher, idx, targets) -> loss
     rounds   how often it is damaged and distilled (default: cfg.rounds); a round starts from the
              student of the last one, and its teacher is the same
     The record's FLOPs are the teacher's plus those of all distillation.
@@ -197,7 +201,7 @@ def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None, imit
         cfg = dataclasses.replace(cfg, steps=cfg.filtered_steps)
     if rounds > 1:
         start, record_before = undo(alpha, cfg, task, teacher, teacher_record, folder, rounds - 1,
-                                    imitate)
+                                    learn)
 
     later = (rounds,) if rounds > 1 else ()           # a later round has random numbers of its own
 
@@ -210,7 +214,7 @@ def undo(alpha, cfg, task, teacher, teacher_record, folder="", rounds=None, imit
                 alphas = spread(alpha, cfg, task, student, later)
             noise(student, alphas, cfg.beta, torch_stream("noise", cfg.seed, *later))
             more = saliency_of_units.get_total_flops()
-        record = distil(student, teacher, task, cfg, name, checkpoint, imitate, later)
+        record = distil(student, teacher, task, cfg, name, checkpoint, learn, later)
         record["flops"] += record_before["flops"] + more
         return student, record
 
@@ -283,7 +287,10 @@ def story(cfg, task):
 
 def compared(rows, records, cfg, task):
     """rows beside their references: compute as a share of filtered's, robustness between the
-    unlearned model's and filtered's. None while one of these is missing. records: fit's, by name"""
+    unlearned model's and filtered's. None while one of these is missing. records: fit's, by name.
+    A pretrained task has no such references, and its rows stay as they are."""
+    if task.pretrained:
+        return rows
     gold, by_name = records.get("filtered"), {row["model"]: row for row in rows}
     full = []
     for row in rows:
@@ -305,9 +312,10 @@ def compared(rows, records, cfg, task):
 
 def columns(rows):
     """{column of the table: (figure of a row, digits) or a function of a row}: see over_seeds."""
-    flat = {k: (k, 0 if k.startswith("compute") else 2) for k in (
+    flat = {k: (k, 0 if k.startswith(("compute", "tokens")) else 2) for k in (
         "retain", "forget", "forget_heldout_pairs", "forget_words", "mentions", "relearned_few",
-        "compute_pct", "compute_pct_matched", "robustness_mean") if k in rows[0]}
+        "forget_shown", "forget_asked", "near", "text_loss", "tokens", "compute_pct",
+        "compute_pct_matched", "robustness_mean") if k in rows[0]}
     return flat | {f"{what} {step}": lambda row, what=what, step=step: row[what][step]
                    for what, by_step in rows[0].items() if isinstance(by_step, dict)
                    for step in by_step}
@@ -356,6 +364,8 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
     axes[0].set_title("Relearning curves under attack")
     if words:
         axes[0].set_ylabel("loss on forget words (nats per token), worst rate")
+    if "tokens" in rows[0]:
+        return draw_costs(axes[1], of, [n for n in names if n != "base"])
     points = [(of(n, lambda r: r["compute_pct"]), of(n, lambda r: r["robustness_mean"]))
               for n in students]
     if points and all(y is not None for _, y in points):
@@ -376,6 +386,19 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
         axes[2].figure.suptitle("How each model goes on, after the bar, with the same story" + (
             ", which was broken off before its first forget word" if topic else ""))
         draw_stories(axes[2:], stories, topic)
+
+
+def draw_costs(ax, of, names):
+    """Draws what remains of a pretrained model's facts after the attack, against what unlearning
+    cost: there is no filtered model to compare with."""
+    for name in names:
+        x, y = of(name, lambda r: r["tokens"]), of(name, lambda r: [*r["relearned"].values()][-1])
+        ax.plot(x, y, "o", markersize=9)
+        ax.annotate(name, (x, y), textcoords="offset points", xytext=(8, 6))
+    ax.axhline(of("base", lambda r: r["forget"]), color="grey", linestyle=":", label="base")
+    ax.set(xlabel="compute (tokens of pretraining that cost as much)", ylim=(0, 1.02),
+           ylabel="forget accuracy after the attack", title="What is back, against compute")
+    ax.legend(fontsize=9)
 
 
 def save(rows, task, cfg, quiet=False):
@@ -413,13 +436,15 @@ def print_table(rows, cfg):
     words = words_of(lines[0])
     further = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}",
                "mentions": "mentions", f"relearned_mentions {step}": f"after {step}",
-               "relearned_few": "few"}
+               "relearned_few": "few", "forget_shown": "shown",
+               f"relearned_shown {last}": f"after {last}", "forget_asked": "asked",
+               "near": "near", "text_loss": "text", "tokens": "tokens"}
+    compared = {f"robustness{words} {step}": f"robust@{step}", "robustness_mean": "robust",
+                "compute_pct": "compute %", "compute_pct_matched": "matched %"}
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | ({"forget_words": "words"} if words else {})
           | {f"relearned{words} {s}": f"after {s}" for s in shown}
-          | {k: header for k, header in further.items() if k in lines[0]}
-          | {f"robustness{words} {step}": f"robust@{step}", "robustness_mean": "robust",
-             "compute_pct": "compute %", "compute_pct_matched": "matched %"})
+          | {k: header for k, header in (further | compared).items() if k in lines[0]})
 
 
 if __name__ == "__main__":

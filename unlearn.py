@@ -528,19 +528,22 @@ def main(cfg):
             before = task.score(model, finer=True)
         result = relearn(model, task, given[0], name)
         rows.append({"model": name} | before | spent(record, task) | attacked(result) | knobs)
-    flat = [row | row["relearned"] | {"unseen": row.get("relearned_heldout_pairs", {}).get(
-        str(given[0].attack_steps[-1]))} for row in rows]
+    last = str(given[0].attack_steps[-1])
+    flat = [row | row["relearned"] | {f"{k} {last}": at[last] for k, at in row.items()
+                                      if k.startswith("relearned_") and k != "relearned_few"}
+            for row in rows]
     write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
     picture("unlearn", cfg, draw_relearning, task, {row["model"]: {0: row["forget"]} | {
         int(step): score for step, score in row["relearned"].items()} for row in rows})
     table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
           | {str(step): f"after {step}" for step in given[0].attack_steps}
-          | ({"forget_heldout_pairs": "unseen", "unseen": f"after {given[0].attack_steps[-1]}"}
-             if flat[0]["unseen"] is not None else {})
-          | {k: header for k, header in (("forget_words", "words"), ("mentions", "mentions"),
-                                         ("relearned_few", "few"), ("near", "near"),
-                                         ("forget_asked", "asked"), ("text_loss", "text"),
-                                         ("tokens", "tokens")) if k in flat[0]})
+          | {k: header for k, header in (
+              ("forget_heldout_pairs", "unseen"), (f"relearned_heldout_pairs {last}",
+                                                   f"after {last}"),
+              ("forget_words", "words"), ("mentions", "mentions"), ("relearned_few", "few"),
+              ("forget_shown", "shown"), (f"relearned_shown {last}", f"after {last}"),
+              ("forget_asked", "asked"), ("near", "near"), ("text_loss", "text"),
+              ("tokens", "tokens")) if k in flat[0]})
     say_edges(rows, given[0])
     print_stories(rows)
 

@@ -158,10 +158,14 @@ def train(texts, vocab_size, name="task", progress=None):
     return encoding(tokens, name)
 
 
-def encoding(tokens, name):
-    """The tiktoken.Encoding of tokens, a list of byte strings in rank order; END is the last id."""
-    return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={END: len(tokens)},
-                             mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
+def encoding(tokens, name, pattern=PATTERN, special=None):
+    """The tiktoken.Encoding of tokens, a list of byte strings in the order of their ids. special:
+    {special token: its id}; None: END alone, which is the last id."""
+    special = special or {END: len(tokens)}
+    taken = {*special.values()}                                    # two names may be one token
+    ids = sorted({*range(len(tokens) + len(taken))} - taken)
+    return tiktoken.Encoding(name, pat_str=pattern, special_tokens=special,
+                             mergeable_ranks=dict(zip(tokens, ids, strict=True)))
 
 
 def save(enc, path):
@@ -179,15 +183,8 @@ def load(path):
     try:
         saved = json.loads(path.read_text())
         tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
-        if "special" in saved:
-            special = saved["special"]
-            taken = {*special.values()}                        # two names may be one token
-            ids = sorted({*range(len(tokens) + len(taken))} - taken)
-            return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"],
-                                     special_tokens=special,
-                                     mergeable_ranks=dict(zip(tokens, ids, strict=True)))
-        if saved["pattern"] != PATTERN:
+        if saved["pattern"] != PATTERN and "special" not in saved:
             raise ValueError("another splitting pattern")
-        return encoding(tokens, saved["name"])
+        return encoding(tokens, saved["name"], saved["pattern"], saved.get("special"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer of this project: {error}") from None

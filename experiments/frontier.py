@@ -52,9 +52,14 @@ VARIANTS = {
     "undo-rmu": dict(method="rmu"), "undo-repnoise": dict(method="repnoise"),
     "undo-tar": dict(method="tar"), "undo-beta0": dict(beta=0.0), "undo-beta1": dict(beta=1.0),
     "undo-blocks": dict(noise="blocks"), "undo-units": dict(noise="units"),
-    "undo-saliency": dict(noise="saliency"), "undo-rounds": dict(alphas=[0.3], rounds=2)}
+    "undo-saliency": dict(noise="saliency"), "undo-rounds": dict(alphas=[0.3], rounds=2),
+    "undo-retain": dict(distil_on="retain"), "undo-0.3": dict(alphas=[0.3]),
+    "undo-0.8": dict(alphas=[0.8])}
+# What changes more than settings: students that are finished by a method that delays an attacker,
+# and students without a teacher
+BEYOND = ["undo-then-repnoise", "noise-retrain"]
 CRITICS = ["undo-labels", "classifier-skip", "classifier-uniform", "ntp", "filtered-labels"]
-ARMS = [*unlearn.FROM_BASE, "oracle", *VARIANTS, "distilled", "filter-distil", "ntp-all", *CRITICS]
+ARMS = [*unlearn.FROM_BASE, "oracle", *VARIANTS, *BEYOND, "distilled", "filter-distil", "ntp-all", *CRITICS]
 
 
 @dataclass
@@ -131,9 +136,9 @@ def classifier(base, view, cfg, rows=ROWS):
 
 
 def imitate_unflagged(uniform, w, b):
-    """What undo.distil calls in place of unlearn.imitate. On tokens that the classifier (w, b) does
-    not flag, KL(base || student); on flagged ones, KL(uniform || student), or nothing at all."""
-    def imitate(model, base, idx, n):
+    """What a student learns in place of undo.like. On tokens that the classifier (w, b) does not
+    flag, KL(base || student); on flagged ones, KL(uniform || student), or nothing at all."""
+    def learn(model, base, idx, targets):
         def criterion(logits, x):
             with torch.no_grad():
                 flagged = norm(x.float()) @ w + b > 0                                # (N, 1)
@@ -143,10 +148,10 @@ def imitate_unflagged(uniform, w, b):
             return (each if uniform else each * ~flagged).sum()
 
         with torch.no_grad():
-            x = base(idx, residual=-1)[:, -n:]
+            x = base(idx, residual=-1)[:, -targets.size(1):]
         return model(idx, x, criterion)
 
-    return imitate
+    return learn
 
 
 def classify_and_distil(name, view, texts, cfg, base, record):
@@ -156,7 +161,7 @@ def classify_and_distil(name, view, texts, cfg, base, record):
     record = {"flops": flops, "made_with": record["made_with"] | {
         "arm": name, "texts": texts, "classifier": [ROWS, DECAY]}}
     return undo.undo(cfg.alpha, cfg, view, base, record, f"{name}-",
-                     imitate=imitate_unflagged(name.startswith("classifier-uniform"), w, b))
+                     learn=imitate_unflagged(name.startswith("classifier-uniform"), w, b))
 
 
 def pretrain_away(name, view, cfg, task, ascent, steps, texts=None):
@@ -185,6 +190,11 @@ def variant(name, cfg):
     return undo.resolved(dataclasses.replace(cfg, **differs))
 
 
+def practise(model, teacher, idx, targets):
+    """Plain training, in place of undo.like: what a student without a teacher does."""
+    return model(idx, targets)
+
+
 def make_arm(name, cfg, task, base, filtered):
     """Yields (row's name, (model, record)) of an arm: one, or one for each share of labels."""
     if name in unlearn.NAMES:
@@ -195,6 +205,16 @@ def make_arm(name, cfg, task, base, filtered):
         teacher = undo.make_teacher(how, task, *base)
         yield name, undo.undo(how.alphas[0], how, task, *teacher,
                               "" if name == "undo" else f"{name}-")
+    elif name == "undo-then-repnoise":
+        student = undo.undo(cfg.alpha, cfg, task, *undo.make_teacher(cfg, task, *base))
+        finish = config_from(cfg, unlearn.Config, AfterBase, method="repnoise")
+        model, record = unlearn.unlearn(finish, task, *student, folder=f"{name}-")
+        yield name, (model, record | {"flops": record["flops"] + student[1]["flops"]})
+    elif name == "noise-retrain":
+        model, record = base
+        record = {"flops": 0, "made_with": record["made_with"] | {"arm": name}}
+        yield name, undo.undo(cfg.alpha, dataclasses.replace(cfg, distil_on="retain"), task, model,
+                              record, f"{name}-", learn=practise)
     elif name == "distilled":
         yield name, undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
     elif name == "filter-distil":

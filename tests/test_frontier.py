@@ -112,7 +112,7 @@ def test_imitation_without_what_is_flagged(uniform, n):
                 p = torch.full_like(p, 1 / V) if uniform else q
             total += (p * (p / q).log()).sum().item()
     assert 0 < flags < 3 * n
-    loss = frontier.imitate_unflagged(uniform, w, b)(model, base, idx, n)
+    loss = frontier.imitate_unflagged(uniform, w, b)(model, base, idx, idx[:, -n:])
     assert loss.item() == pytest.approx(total / (3 * n), rel=1e-4)
     loss.backward()
     assert all(p.grad is None for p in base.parameters())
