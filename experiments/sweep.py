@@ -3,10 +3,11 @@
     python -m experiments.sweep                              arithmetic, seeds 100 and 101
     python -m experiments.sweep --methods=npo,simnpo --attempts=24
 
-Every method has the same attempts: rates, weights and steps drawn at random. Of those that keep the
-retain score within 2% of base's, the one that forgets most is the best (if none does, the one that
-keeps most). Forgetting is the forget score on val, to two digits; where that is the same, the loss
-on forget rows. Only base is needed.
+Every method has the same attempts: its settings in unlearn.py, and then rates, weights and steps
+drawn at random, with a factor of 1/4 to 4 on the knob that is the method's own, if it has one. Of
+those that keep the retain score within 2% of base's, the one that forgets most is the best (if none
+does, the one that keeps most). Forgetting is the forget score on val, to two digits; where that is
+the same, the loss on forget rows. Only base is needed.
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
@@ -38,23 +39,33 @@ class Config(AfterBase):
     steps_range: list[int] = knob([20, 120], "the fewest and the most steps", 1)
 
 
-def draws(cfg):
-    """[(lr, retain weight, steps)]: the attempts, log-uniform in each range, by one fixed seed."""
-    rng = stream("sweep")
+# How strongly a method forgets, by a knob of its own
+OWN = {"npo": "beta", "simnpo": "beta", "undial": "gamma", "rmu": "steer", "sam": "rho",
+       "repnoise": "mmd"}
 
-    def between(low, high):
+
+def draws(cfg, method):
+    """[{knob: value}]: the settings in use, and the attempts, log-uniform in each range. All
+    methods have the same random numbers."""
+    rng, own = stream("sweep"), stream("sweep", "own")
+    now = unlearn.resolved(config_from(cfg, unlearn.Config, AfterBase), method)
+    name = OWN.get(method)
+
+    def between(rng, low, high):
         return low * (high / low) ** rng.random()
 
-    return [(between(*cfg.lr_range), between(*cfg.weight_range), round(between(*cfg.steps_range)))
-            for _ in range(cfg.attempts)]
+    return [{k: getattr(now, k) for k in ("lr", "retain_weight", "steps", name) if k}] + [
+        {"lr": between(rng, *cfg.lr_range), "retain_weight": between(rng, *cfg.weight_range),
+         "steps": round(between(rng, *cfg.steps_range))}
+        | ({name: getattr(now, name) * between(own, 1 / 4, 4)} if name else {})
+        for _ in range(cfg.attempts)]
 
 
 def attempt(method, given, each, task, base):
     """{"retain", "forget": val scores, "forget_loss", "flops"} after one setting, on one seed."""
-    lr, weight, steps = given
     with tempfile.TemporaryDirectory() as folder:                    # keeps none of the models
-        cfg = config_from(each, unlearn.Config, AfterBase, method=method, lr=lr, steps=steps,
-                          retain_weight=weight, batch_size=each.batch_size, out=folder)
+        cfg = config_from(each, unlearn.Config, AfterBase, method=method,
+                          batch_size=each.batch_size, out=folder, **given)
         model, record = unlearn.unlearn(cfg, task, *base, alike=each.attempts * each.seeds)
     with autocast(each):
         return task.score(model, part="val") | {
@@ -86,23 +97,24 @@ def main(cfg):
                                  for _, (model, _) in bases.values())
     for method in cfg.methods:
         tried = []
-        for given in tqdm(draws(cfg), desc=method, unit="attempt"):
+        for given in tqdm(draws(cfg, method), desc=method, unit="attempt"):
             try:
                 got = [attempt(method, given, each, task, base) for each, base in bases.values()]
             except BadInput as error:                         # it diverged, which is a result, too
                 tqdm.write(f"{method}: {error}")
                 continue
-            tried.append(dict(zip(("lr", "retain_weight", "steps"), given)) | {
-                k: statistics.mean(at[k] for at in got) for k in got[0]})
+            tried.append(given | {k: statistics.mean(at[k] for at in got) for k in got[0]})
         chosen, _ = best(tried, retain, task)
         rows += [{"method": method, "best": i == chosen,
                   "kept": task.within(at["retain"], retain, 0.02)} | at
                  for i, at in enumerate(tried)]
-        write_rows("sweep", cfg, task, rows, quiet=len(rows) > cfg.attempts)
+        write_rows("sweep", cfg, task, rows, quiet=method != cfg.methods[0])
     print(f"base: retain {retain:.3f} on val")
-    table([row | {"lr": f"{row['lr']:.1e}", "retain_weight": f"{row['retain_weight']:.3g}",
-                  "kept": "yes" if row["kept"] else "no"} for row in rows if row["best"]],
-          {"method": "method", "lr": "rate", "retain_weight": "w", "steps": "steps",
+    table([row | {k: None if row[k] is None else f"{row[k]:.2g}" for k in ("lr", "retain_weight")}
+           | {"own": "-" if row["method"] not in OWN else
+              f"{OWN[row['method']]} {row[OWN[row['method']]]:.2g}",
+              "kept": "yes" if row["kept"] else "no"} for row in rows if row["best"]],
+          {"method": "method", "lr": "rate", "retain_weight": "w", "steps": "steps", "own": "own",
            "retain": "retain", "forget": "forget", "forget_loss": "forget loss",
            "kept": "within 2%"})
 

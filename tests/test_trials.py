@@ -18,12 +18,19 @@ from experiments import erosion, sweep, trial
 def test_every_method_has_the_same_attempts():
     cfg = sweep.Config(attempts=40, lr_range=[1e-4, 1e-2], weight_range=[1.0, 100.0],
                        steps_range=[20, 120])
-    drawn = sweep.draws(cfg)
-    assert drawn == sweep.draws(cfg) and len(set(drawn)) == 40
-    for values, low, high in zip(zip(*drawn), (1e-4, 1.0, 20), (1e-2, 100.0, 120)):
-        assert low <= min(values) and max(values) <= high
-        middle = sum(v < (low * high) ** 0.5 for v in values)                # log-uniform
-        assert 10 <= middle <= 30
+    now, *drawn = sweep.draws(cfg, "undial")
+    lr, weight, steps = drawn[0]["lr"], drawn[0]["retain_weight"], drawn[0]["steps"]
+    assert now.keys() == {"lr", "retain_weight", "steps", "gamma"}           # those in use
+    assert sweep.draws(cfg, "undial") == [now, *drawn] and len(drawn) == 40
+    for knob, low, high in (("lr", 1e-4, 1e-2), ("retain_weight", 1.0, 100.0), ("steps", 20, 120),
+                            ("gamma", now["gamma"] / 4, now["gamma"] * 4)):
+        values = [given[knob] for given in drawn]
+        assert low <= min(values) and max(values) <= high and len(set(values)) > 20
+        assert 10 <= sum(v < (low * high) ** 0.5 for v in values) <= 30      # log-uniform
+    for method, own in (("maxent", ()), ("sam", ("rho",)), ("tar", ())):
+        _, first, *_ = sweep.draws(cfg, method)
+        assert (first["lr"], first["retain_weight"], first["steps"]) == (lr, weight, steps)
+        assert first.keys() == {"lr", "retain_weight", "steps", *own}
 
 
 @pytest.mark.parametrize("higher", [True, False])
@@ -46,7 +53,8 @@ def test_an_attempt(task, tmp_path):
     """It is what unlearn.py makes with these knobs, and leaves nothing behind."""
     each = sweep.Config(device="cpu", compile=False, out=str(tmp_path), batch_size=8)
     base = small(task)
-    got = sweep.attempt("graddiff", (1e-2, 2.0, 3), each, task, base)
+    given = {"lr": 1e-2, "retain_weight": 2.0, "steps": 3}
+    got = sweep.attempt("graddiff", given, each, task, base)
     cfg = unlearn.Config(device="cpu", compile=False, out=str(tmp_path), method="graddiff", lr=1e-2,
                          steps=3, retain_weight=2.0, batch_size=8, seed=each.seed)
     assert not list(tmp_path.iterdir())
