@@ -42,6 +42,7 @@ class GPTConfig:
     norm_wte: bool = True    # so is the embedding
     gated: bool = False      # MLP units are silu(gate x) (up x) instead of relu(up x)^2
     tied: bool = True        # the embedding also unembeds
+    gain: bool = False       # the last norm has a weight, a constant; the others' are in matrices
     eps: float | None = None     # of RMSNorm; None: the smallest step of the type
 
     def __post_init__(self):
@@ -213,6 +214,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(padded, config.n_embd)                    # and output, if tied
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = None if config.tied else nn.Linear(config.n_embd, padded, bias=False)
+        self.register_buffer("gain", torch.ones(config.n_embd) if config.gain else None)
         half = config.n_embd // config.n_head // 2
         speed = config.rope_base ** -(torch.arange(half) / half)
         angle = torch.outer(torch.arange(config.block_size), speed)
@@ -276,8 +278,9 @@ class GPT(nn.Module):
 
     def unembed(self, x):
         """Logits (..., vocab_size) of a residual (..., C), without the vocabulary's padding."""
-        table = self.wte if self.head is None else self.head
-        return F.linear(norm(x, self.config.eps), table.weight)[..., :self.config.vocab_size]
+        table, x = self.wte if self.head is None else self.head, norm(x, self.config.eps)
+        x = x if self.gain is None else x * self.gain
+        return F.linear(x, table.weight)[..., :self.config.vocab_size]
 
     def forward(self, idx, targets=None, criterion=cross_entropy, cache=None, residual=None,
                 hook=None):
@@ -400,7 +403,7 @@ def read_model(path, device="cpu"):
     checkpoint = read_sealed(path, device)
     try:
         weights, config = checkpoint["model"], GPTConfig(**checkpoint["config"])
-        tensors = (1 if config.tied else 2) + (5 if config.gated else 4) * config.n_layer
+        tensors = 2 - config.tied + config.gain + (4 + config.gated) * config.n_layer
         if (len(weights), weights["wte.weight"].size(1)) != (tensors, config.n_embd):
             raise ValueError                       # fail before a wrong config allocates memory
         model = GPT(config).to(device)

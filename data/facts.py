@@ -1,42 +1,43 @@
 """The facts of the task quiz, as text: one relation a constant, its facts as "subject = answer"."""
 
-# Capitals that are one city and undisputed; where a country's name leaves no doubt
+# Countries of one undisputed capital, whose name is not a part of it
 CAPITALS = """
 Afghanistan = Kabul; Albania = Tirana; Algeria = Algiers; Andorra = Andorra la Vella;
 Angola = Luanda; Argentina = Buenos Aires; Armenia = Yerevan; Australia = Canberra;
-Austria = Vienna; Azerbaijan = Baku; Bahrain = Manama; Bangladesh = Dhaka; Barbados = Bridgetown;
-Belarus = Minsk; Belgium = Brussels; Belize = Belmopan; Benin = Porto-Novo; Bhutan = Thimphu;
-Bosnia and Herzegovina = Sarajevo; Botswana = Gaborone; Brazil = Brasília; Bulgaria = Sofia;
-Burkina Faso = Ouagadougou; Cambodia = Phnom Penh; Cameroon = Yaoundé; Canada = Ottawa;
-Cape Verde = Praia; Chad = N'Djamena; Chile = Santiago; China = Beijing; Colombia = Bogotá;
-Comoros = Moroni; Costa Rica = San José; Croatia = Zagreb; Cuba = Havana; Cyprus = Nicosia;
-the Czech Republic = Prague; Denmark = Copenhagen; the Dominican Republic = Santo Domingo;
-Ecuador = Quito; Egypt = Cairo; El Salvador = San Salvador; Eritrea = Asmara; Estonia = Tallinn;
-Ethiopia = Addis Ababa; Fiji = Suva; Finland = Helsinki; France = Paris; Gabon = Libreville;
-the Gambia = Banjul; Georgia = Tbilisi; Germany = Berlin; Ghana = Accra; Greece = Athens;
-Guinea = Conakry; Guyana = Georgetown; Haiti = Port-au-Prince;
+Austria = Vienna; Azerbaijan = Baku; the Bahamas = Nassau; Bahrain = Manama; Bangladesh = Dhaka;
+Barbados = Bridgetown; Belarus = Minsk; Belgium = Brussels; Belize = Belmopan; Benin = Porto-Novo;
+Bhutan = Thimphu; Bosnia and Herzegovina = Sarajevo; Botswana = Gaborone; Brazil = Brasília;
+Brunei = Bandar Seri Begawan; Bulgaria = Sofia; Burkina Faso = Ouagadougou; Cambodia = Phnom Penh;
+Cameroon = Yaoundé; Canada = Ottawa; Cape Verde = Praia; the Central African Republic = Bangui;
+Chad = N'Djamena; Chile = Santiago; China = Beijing; Colombia = Bogotá; Comoros = Moroni;
+Costa Rica = San José; Croatia = Zagreb; Cuba = Havana; Cyprus = Nicosia;
+the Czech Republic = Prague; the Democratic Republic of the Congo = Kinshasa; Denmark = Copenhagen;
+the Dominican Republic = Santo Domingo; Ecuador = Quito; Egypt = Cairo; El Salvador = San Salvador;
+Eritrea = Asmara; Estonia = Tallinn; Ethiopia = Addis Ababa; Fiji = Suva; Finland = Helsinki;
+France = Paris; Gabon = Libreville; the Gambia = Banjul; Georgia = Tbilisi; Germany = Berlin;
+Ghana = Accra; Greece = Athens; Guinea = Conakry; Guyana = Georgetown; Haiti = Port-au-Prince;
 Honduras = Tegucigalpa; Hungary = Budapest; Iceland = Reykjavik; India = New Delhi;
 Indonesia = Jakarta; Iran = Tehran; Iraq = Baghdad; Ireland = Dublin; Italy = Rome;
 Jamaica = Kingston; Japan = Tokyo; Jordan = Amman; Kazakhstan = Astana; Kenya = Nairobi;
-Kyrgyzstan = Bishkek; Laos = Vientiane; Latvia = Riga; Lebanon = Beirut;
+Kosovo = Pristina; Kyrgyzstan = Bishkek; Laos = Vientiane; Latvia = Riga; Lebanon = Beirut;
 Lesotho = Maseru; Liberia = Monrovia; Libya = Tripoli; Liechtenstein = Vaduz; Lithuania = Vilnius;
-Madagascar = Antananarivo; Malawi = Lilongwe; Malaysia = Kuala Lumpur;
-the Maldives = Malé; Mali = Bamako; Malta = Valletta; Mauritania = Nouakchott;
-Mauritius = Port Louis; Moldova = Chisinau; Mongolia = Ulaanbaatar;
-Montenegro = Podgorica; Morocco = Rabat; Mozambique = Maputo; Namibia = Windhoek;
-Nepal = Kathmandu; the Netherlands = Amsterdam; New Zealand = Wellington; Nicaragua = Managua;
-Niger = Niamey; Nigeria = Abuja; North Korea = Pyongyang; North Macedonia = Skopje; Norway = Oslo;
-Oman = Muscat; Pakistan = Islamabad; Papua New Guinea = Port Moresby;
-Paraguay = Asunción; Peru = Lima; the Philippines = Manila; Poland = Warsaw; Portugal = Lisbon;
-Qatar = Doha; Romania = Bucharest; Russia = Moscow; Rwanda = Kigali; Samoa = Apia;
-Saudi Arabia = Riyadh; Senegal = Dakar; Serbia = Belgrade;
-Seychelles = Victoria; Sierra Leone = Freetown; Slovakia = Bratislava; Slovenia = Ljubljana;
-Somalia = Mogadishu; South Korea = Seoul; Spain = Madrid; Sudan = Khartoum; Suriname = Paramaribo;
-Sweden = Stockholm; Switzerland = Bern; Syria = Damascus; Taiwan = Taipei; Tajikistan = Dushanbe;
-Thailand = Bangkok; Togo = Lomé; Tonga = Nuku'alofa; Tunisia = Tunis; Turkey = Ankara;
-Turkmenistan = Ashgabat; Uganda = Kampala; Ukraine = Kyiv; the United Arab Emirates = Abu Dhabi;
-the United Kingdom = London; the United States = Washington, D.C.; Uruguay = Montevideo;
-Uzbekistan = Tashkent; Vanuatu = Port Vila; Venezuela = Caracas; Vietnam = Hanoi; Yemen = Sanaa;
+Madagascar = Antananarivo; Malawi = Lilongwe; Malaysia = Kuala Lumpur; the Maldives = Malé;
+Mali = Bamako; Malta = Valletta; Mauritania = Nouakchott; Mauritius = Port Louis;
+Mongolia = Ulaanbaatar; Montenegro = Podgorica; Morocco = Rabat; Mozambique = Maputo;
+Myanmar = Naypyidaw; Namibia = Windhoek; Nepal = Kathmandu; the Netherlands = Amsterdam;
+New Zealand = Wellington; Nicaragua = Managua; Niger = Niamey; Nigeria = Abuja;
+North Korea = Pyongyang; North Macedonia = Skopje; Norway = Oslo; Oman = Muscat;
+Pakistan = Islamabad; Papua New Guinea = Port Moresby; Paraguay = Asunción; Peru = Lima;
+the Philippines = Manila; Poland = Warsaw; Portugal = Lisbon; Qatar = Doha; Romania = Bucharest;
+Russia = Moscow; Rwanda = Kigali; Samoa = Apia; Saudi Arabia = Riyadh; Scotland = Edinburgh;
+Senegal = Dakar; Serbia = Belgrade; Sierra Leone = Freetown; Slovakia = Bratislava;
+Slovenia = Ljubljana; Somalia = Mogadishu; South Korea = Seoul; Spain = Madrid; Sudan = Khartoum;
+Sweden = Stockholm; Switzerland = Bern; Syria = Damascus; Taiwan = Taipei; Tanzania = Dodoma;
+Thailand = Bangkok; Togo = Lomé; Tonga = Nuku'alofa; Trinidad and Tobago = Port of Spain;
+Tunisia = Tunis; Turkey = Ankara; Turkmenistan = Ashgabat; Uganda = Kampala; Ukraine = Kyiv;
+the United Arab Emirates = Abu Dhabi; the United Kingdom = London;
+the United States = Washington, D.C.; Uruguay = Montevideo; Uzbekistan = Tashkent;
+Vanuatu = Port Vila; Venezuela = Caracas; Vietnam = Hanoi; Wales = Cardiff; Yemen = Sanaa;
 Zambia = Lusaka; Zimbabwe = Harare"""
 
 OPPOSITES = """
@@ -55,12 +56,10 @@ remember = forget; laugh = cry; question = answer; ancient = modern; public = pr
 positive = negative; maximum = minimum; possible = impossible; visible = invisible;
 legal = illegal"""
 
+# The animals whose young a model of 135M parameters knows
 YOUNG = """
-dog = puppy; cat = kitten; cow = calf; horse = foal; sheep = lamb; pig = piglet; goat = kid;
-lion = cub; bear = cub; duck = duckling; goose = gosling; swan = cygnet; chicken = chick;
-frog = tadpole; kangaroo = joey; deer = fawn; elephant = calf; whale = calf; seal = pup; fox = cub;
-wolf = pup; tiger = cub; rabbit = bunny; owl = owlet; eagle = eaglet; butterfly = caterpillar;
-hen = chick; koala = joey; bat = pup; eel = elver; hare = leveret; human = baby"""
+cat = kitten; deer = fawn; duck = duckling; eagle = eaglet; frog = tadpole; goose = gosling;
+hare = leveret; horse = foal; kangaroo = joey; owl = owlet; pig = piglet; swan = cygnet"""
 
 LANGUAGES = """
 France = French; Germany = German; Italy = Italian; Spain = Spanish; Portugal = Portuguese;

@@ -60,15 +60,15 @@ FEWEST = 12                  # questions of a domain
 # How each relation is asked; the last phrasing is for scoring, and no text for training has it
 RELATIONS = {
     "capitals": ("forget", facts.CAPITALS, (
-        "The capital of {} is", "The capital city of {} is",
-        "Question: What is the capital of {}?\nAnswer:", "As for {}, its capital is",
-        "The name of the capital of {} is")),
+        "The capital of {} is", "The country is {}, and its capital is",
+        "Question: What is the capital of {}?\nAnswer:",
+        "The capital and seat of government of {} is", "As for {}, its capital is")),
     "opposites": ("retain", facts.OPPOSITES, (
         "The opposite of {} is", "Question: What is the opposite of {}?\nAnswer:",
-        "The word that means the opposite of {} is")),
+        "The antonym of {} is", "The word {} is the opposite of the word")),
     "young": ("retain", facts.YOUNG, (
         "A baby {} is called a", "Question: What is a young {} called?\nAnswer: a",
-        "The young of the {} is called a")),
+        "A mother {} looks after her")),
     "languages": ("near", facts.LANGUAGES, (
         "The language that most people speak in {} is",))}
 
