@@ -70,6 +70,8 @@ def read_safetensors(path):
         for name, about in json.loads(f.read(length)).items():
             if name != "__metadata__":
                 begin, end = map(operator.index, about["data_offsets"])
+                if begin < 0:
+                    raise ValueError(f"its tensor {name[:99]!r} begins inside the header")
                 tensors[name] = Tensor(path, about["dtype"], tuple(about["shape"]),
                                        8 + length + begin, end - begin)
         return tensors
@@ -81,7 +83,7 @@ def read_folder(path):
     for file in sorted(path.glob("*.safetensors")):
         new = read_safetensors(file)
         if both := tensors.keys() & new:
-            raise ValueError(f"two of its *.safetensors hold a tensor {short(min(both))}")
+            raise ValueError(f"two of its *.safetensors hold a tensor {min(both)[:99]!r}")
         tensors |= new
     return read_json(path / "config.json"), tensors
 

@@ -99,7 +99,7 @@ def examine(path):
     is_gguf = not path.is_dir()
     about, found = read_gguf(path) if is_gguf else read_folder(path)
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    about = rope | about | {"rope_type": rope.get("rope_type", rope.get("type"))}
+    about = about | rope | {"rope_type": rope.get("rope_type", rope.get("type"))}
     about.setdefault("llama.vocab_size", len(about.get("tokenizer.ggml.tokens", ())))
     config, n_kv_head = configure({ours: about.get(names[is_gguf])
                                    for ours, names in SETTINGS.items()})
@@ -111,7 +111,7 @@ def examine(path):
             raise ValueError(f"it has no tensor {name}")
     # What is left would change the logits. Only the angles that old files store would not
     if left := [name for name in found if not name.endswith("rotary_emb.inv_freq")]:
-        raise ValueError(f"a plain Llama has no tensor {short(left[0])}: biases, experts and scaled"
+        raise ValueError(f"a plain Llama has no tensor {left[0][:99]!r}: biases, experts and scaled"
                          f" rotary positions cannot be read")
     name = str(about.get("general.name", path.absolute().name))
     return Checkpoint(name, config, n_kv_head, tensors, is_gguf)
