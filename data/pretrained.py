@@ -10,7 +10,8 @@ line, if they cannot use what is there.
 
 A GPT has norms without weights, and as many key heads as query heads. Therefore each norm's weight
 w moves into the matrix M behind the norm, because M (w * x) = (M diag(w)) x, and each key-value
-head is repeated for the queries that share it. Neither changes the logits.
+head is repeated for the queries that share it. Neither changes the logits. The last norm's weight
+stays where it is if the matrix behind it is the embedding, too (a tied model).
 """
 import math
 import re
@@ -114,6 +115,7 @@ def examine(path):
         raise ValueError(f"a plain Llama has no tensor {left[0][:99]!r}: biases, experts and scaled"
                          f" rotary positions cannot be read")
     name = str(about.get("general.name", path.absolute().name))
+    config.tied = config.gain = "head" not in tensors
     return Checkpoint(name, config, n_kv_head, tensors, is_gguf)
 
 
@@ -133,7 +135,7 @@ def configure(about):
     if about["n_head"] % n_kv_head:
         raise ValueError(f"{n_kv_head} key-value heads do not divide {about['n_head']} heads")
     about["block_size"] = min(about["block_size"], CONTEXT)
-    return GPTConfig(**about, qk_norm=False, norm_wte=False, gated=True, tied=False), n_kv_head
+    return GPTConfig(**about, qk_norm=False, norm_wte=False, gated=True), n_kv_head
 
 
 def layout(config, n_kv_head, is_gguf):
@@ -165,9 +167,11 @@ def weights(checkpoint):
     def padded(w):
         return torch.cat((w, w.new_zeros(-len(w) % 64, C)))
 
-    wte = padded(get("wte"))
-    yield "wte.weight", wte
-    yield "head.weight", (padded(get("head")) if "head" in tensors else wte) * get("norm")
+    yield "wte.weight", padded(get("wte"))
+    if config.tied:
+        yield "gain", get("norm")
+    else:
+        yield "head.weight", padded(get("head")) * get("norm")
     for i in range(config.n_layer):
         qkv = torch.stack([heads(f"{i}.attn.{x}") for x in "qkv"])             # (3, nh, hs, C)
         yield f"blocks.{i}.attn.qkv.weight", qkv.view(3 * C, C) * get(f"{i}.attn.norm")
@@ -218,6 +222,11 @@ def facts(path):
                 "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
                 "files": {file.name: file.stat().st_size
                           for file in sorted({tensor.file for tensor in tensors.values()})}}
+
+
+def is_pretrained(name):
+    """Whether a command line means a pretrained model's file or folder, not the name of ours."""
+    return name.endswith(".gguf") or Path(name).is_dir()
 
 
 # --- the tokenizer -------------------------------------------------------------------------------

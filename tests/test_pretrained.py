@@ -337,8 +337,8 @@ def test_the_model(tmp_path):
     c = model.config
     assert (c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, c.n_units, c.rope_base,
             c.qk_norm, c.norm_wte, c.gated, c.tied, c.eps) == (
-        V, 2048, L, NH, C, U, 500.0, False, False, True, False, 1e-3)
-    assert not model.wte.weight[V:].any() and not model.head.weight[V:].any()
+        V, 2048, L, NH, C, U, 500.0, False, False, True, True, 1e-3)
+    assert not model.wte.weight[V:].any() and model.head is None
     assert model.cos.shape == (2048, 1, 1, HS // 2) and len(model.wte.weight) == 384
     assert all(p.dtype == torch.float32 and p.requires_grad and p.is_contiguous()
                for p in model.parameters())
@@ -651,7 +651,7 @@ def test_too_large_for_the_memory(tmp_path, monkeypatch):
     assert 1e8 < pretrained.free_memory() < 1e14
     monkeypatch.setattr(pretrained, "free_memory", lambda: 0.1e6)
     refused(write_folder(tmp_path / "hf"), "needs 0.0 GB")
-    size = 4 * (2 * 384 * C + L * (4 * C * C + 3 * C * U))
+    size = 4 * (384 * C + L * (4 * C * C + 3 * C * U))
     monkeypatch.setattr(pretrained, "free_memory", lambda: size - 1)
     refused(tmp_path / "hf", "memory")
     monkeypatch.setattr(pretrained, "free_memory", lambda: size)
