@@ -132,7 +132,14 @@ TOOLS = {"arithmetic": LOOK | dict(probe_rows=256, revive_lr=1e-3, revive_steps=
 
 def fill_attack(cfg):
     """cfg, with its auto knobs for the attack, the pretrained models and their size filled."""
-    return fill(fill(fill(cfg, ATTACK), train.SETTINGS, "base_"), train.SETTINGS)
+    cfg = fill(fill(fill(cfg, ATTACK), train.SETTINGS, "base_"), train.SETTINGS)
+    check_attack(cfg)
+    return cfg
+
+
+def check_attack(cfg):
+    if cfg.attack == "shown" and "shown" not in getattr(data.module(cfg.task), "EXTRA", ()):
+        raise BadInput(f"--attack=shown means nothing to the task {cfg.task}: quiz has it")
 
 
 def foundation(name, cfg, task):
@@ -213,8 +220,6 @@ def relearn(model, task, cfg, name="model", domains=("forget",)):
               "few": see relearn_few; None without cfg.attack_few}
     """
     split = "all" if cfg.attack == "mixed" else cfg.attack
-    if split not in task.pieces:
-        raise BadInput(f"--attack={cfg.attack} means nothing to the task {task.name}: quiz has it")
     runs = [(lr, seed_of("relearn", cfg.seed, i)) for lr in cfg.lrs
             for i in range(cfg.attack_seeds)]
     histories = iter(tune_each(
@@ -530,6 +535,7 @@ def main(cfg):
     file = cfg.model if is_pretrained(cfg.model) else None          # quiz: base's own file
     task = open_task(dataclasses.replace(as_long_as(cfg.model, cfg), model=file), writes=False)
     cfg = fill(fill(dataclasses.replace(cfg, model="base" if file else cfg.model), ATTACK), TOOLS)
+    check_attack(cfg)
     JUDGES[cfg.what](cfg, task, known(cfg.model, cfg, task))
 
 

@@ -421,6 +421,10 @@ def pretrain(name, cfg, task):
         if name != "base":
             raise BadInput(f"{task.name} starts from a pretrained model: what it would be without "
                            f"the data to be forgotten is not known, and there is no {name}")
+        for knob in ("n_layer", "n_head", "n_embd"):
+            if getattr(cfg, knob) is not None:
+                raise BadInput(f"--{knob} means nothing to the task {task.name}: the pretrained "
+                               f"model has its own size")
         return task.module.base(task)
     cfg = fill(cfg, SETTINGS)
     split = "all" if name == "base" else "retain"

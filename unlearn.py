@@ -509,6 +509,8 @@ def resolved(cfg, method):
 def main(cfg):
     task = open_task(cfg)
     names = FROM_BASE if task.pretrained else NAMES
+    if cfg.method == "oracle" and task.pretrained:
+        raise BadInput(f"--method=oracle imitates a filtered model, and {task.name} has none")
     given = [resolved(cfg, m) for m in (names if cfg.method == "all" else [cfg.method])]
     for each in given:                           # reports wrong input before anything is made
         rate(each)

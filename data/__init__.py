@@ -447,6 +447,9 @@ def prepare(name, folder, knobs, sources, block_size=None):
     enc = mod.tokenizer(knobs) if hasattr(mod, "tokenizer") else tokenizer.train(
         train, settings["vocab_size"], name,
         lambda total: tqdm(total=total, desc="tokenizer", unit="merge"))
+    if enc.n_vocab > 1 << 16:
+        raise BadInput(f"{name}: a vocabulary of {enc.n_vocab:,} tokens, but files of tokens hold "
+                       f"ids below {1 << 16:,}: choose another model")
     (folder / "meta.json").unlink(missing_ok=True)            # without it, data counts as missing
     tokenizer.save(enc, folder / "tokenizer.json")
     for split in tqdm(splits, desc="tokens", unit="split"):

@@ -65,7 +65,7 @@ LANGUAGES = """
 France = French; Germany = German; Italy = Italian; Spain = Spanish; Portugal = Portuguese;
 Brazil = Portuguese; Mexico = Spanish; Argentina = Spanish; Russia = Russian; China = Chinese;
 Japan = Japanese; South Korea = Korean; Vietnam = Vietnamese; Thailand = Thai; Turkey = Turkish;
-Greece = Greek; Poland = Polish; the Czech Republic = Czech; Hungary = Hungarian;
+Greece = Greek; Poland = Polish; Hungary = Hungarian;
 Romania = Romanian; Bulgaria = Bulgarian; Serbia = Serbian; Croatia = Croatian;
 Slovenia = Slovenian; Slovakia = Slovak; Ukraine = Ukrainian; Lithuania = Lithuanian;
 Latvia = Latvian; Estonia = Estonian; Finland = Finnish; Sweden = Swedish; Norway = Norwegian;

@@ -30,6 +30,7 @@ from engine.knobs import BadInput
 from model import GPT, GPTConfig
 
 CONTEXT = 2048               # the longest block_size that read() gives a model
+MOST_UNUSED = 4096           # ids that stand for no token
 
 # Our names: those (in a folder, in a GGUF file)
 SETTINGS = {
@@ -240,8 +241,9 @@ def read_tokenizer(path):
 
 
 def folder_tokens(path):
-    """(pattern, tokens {text: id}, special {text: id}, merges [(text, text)], id of the end)"""
-    about = read_json(path / "tokenizer.json")
+    """(pattern, tokens {text: id}, special {text: id}, merges [(text, text)], id of the end, number
+    of ids)"""
+    about, settings = read_json(path / "tokenizer.json"), read_json(path / "config.json")
     bpe, pre = about["model"], about["pre_tokenizer"]
     if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or about.get("normalizer"):
         raise ValueError("its tokenizer is not byte-level BPE (perhaps SentencePiece)")
@@ -251,7 +253,8 @@ def folder_tokens(path):
     special = {token["content"]: token["id"] for token in about["added_tokens"]}
     tokens = {text: i for text, i in bpe["vocab"].items() if text not in special}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in bpe["merges"]]
-    return pattern, tokens, special, merges, read_json(path / "config.json").get("eos_token_id")
+    return (pattern, tokens, special, merges, settings.get("eos_token_id"),
+            settings.get("vocab_size"))
 
 
 def gguf_tokens(path):
@@ -264,10 +267,11 @@ def gguf_tokens(path):
                          f", not byte-level BPE")
     tokens, special = ({text: i for i, (text, kind) in enumerate(zip(texts, kinds))
                         if kind in those} for those in ([NORMAL], [UNKNOWN, CONTROL, USER_DEFINED]))
-    return pattern, tokens, special, [pair.split(" ") for pair in merges], end
+    return (pattern, tokens, special, [pair.split(" ") for pair in merges], end,
+            about.get("llama.vocab_size", len(texts)))
 
 
-def encoding(name, pattern, tokens, special, merges, end):
+def encoding(name, pattern, tokens, special, merges, end, n_vocab):
     """The tiktoken.Encoding of what folder_tokens gives.
 
     Of all neighbours that spell a token, tiktoken merges those first whose token has the smallest
@@ -280,6 +284,8 @@ def encoding(name, pattern, tokens, special, merges, end):
     ids = [*tokens.values(), *special.values()]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
         raise ValueError("the ids of its tokens are not different whole numbers")
+    if type(n_vocab) is not int or n_vocab > len(ids) + MOST_UNUSED:
+        raise ValueError(f"its vocabulary has {short(n_vocab)} ids, its tokenizer {len(ids)}")
     made = {a + b: tokens.get(a + b, -1) for a, b in merges}
     unmade = (text for text in tokens.keys() - made.keys()
               if any(text[:i] in tokens and text[i:] in tokens for i in range(1, len(text))))
@@ -304,5 +310,7 @@ def encoding(name, pattern, tokens, special, merges, end):
                end[0] if isinstance(end, list) else end)
     if end not in special.values():
         raise ValueError("it does not say which token ends a text")
+    # What the model can say must have a text: it may have more ids than the tokenizer
+    special |= {f"<|unused {i}|>": i for i in sorted({*range(n_vocab)} - {*ids})}
     return tiktoken.Encoding(name, mergeable_ranks=ranks, special_tokens=special | {END: end},
                              pat_str=PATTERNS[pattern].replace(r"\p{N}]", rf"\p{{N}}{absent}]"))

@@ -35,7 +35,7 @@ from data.tinystories import HOME, split, take
 from engine.knobs import BadInput, FilePath, knob
 from engine.streams import stream
 
-SETTINGS = {"quiz": dict(block_size=48, least_block_size=16, aligned=True)}
+SETTINGS = {"quiz": dict(block_size=40, least_block_size=16, aligned=True)}
 
 
 @dataclass
@@ -102,7 +102,7 @@ def read_questions(path, domain):
             continue
         try:
             questions.append(question_of(json.loads(line), domain))
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise BadInput(f"{path}, line {n} is not a question ({error}): give an object with "
                            f"question, answers, right and domain, or question, choices and answer"
                            ) from None

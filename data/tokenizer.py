@@ -159,32 +159,33 @@ def train(texts, vocab_size, name="task", progress=None):
 
 
 def encoding(tokens, name, pattern=PATTERN, special=None):
-    """The tiktoken.Encoding of tokens, a list of byte strings in the order of their ids. special:
-    {special token: its id}; None: END alone, which is the last id."""
-    special = special or {END: len(tokens)}
-    taken = {*special.values()}                                    # two names may be one token
-    ids = sorted({*range(len(tokens) + len(taken))} - taken)
-    return tiktoken.Encoding(name, pat_str=pattern, special_tokens=special,
-                             mergeable_ranks=dict(zip(tokens, ids, strict=True)))
+    """The tiktoken.Encoding of tokens, a list of byte strings in the order of their ids; None where
+    an id is special. special: {special token: its id}; None: END alone, which is the last id."""
+    ranks = {token: i for i, token in enumerate(tokens) if token is not None}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens=special or {END: len(tokens)})
 
 
 def save(enc, path):
     """Writes the name, the pattern and the tokens (in base 64, in the order of their ids) as JSON.
-    END is left out if it is the last id; else all special tokens are written beside them."""
+    END is left out if it is the last id; else all special tokens are written beside the others."""
     special = {token: enc.encode_single_token(token) for token in sorted(enc.special_tokens_set)}
-    ids = [i for i in range(enc.n_vocab) if i not in special.values()]
-    tokens = [base64.b64encode(enc.decode_single_token_bytes(i)).decode() for i in ids]
-    path.write_text(json.dumps({"name": enc.name, "pattern": enc._pat_str, "tokens": tokens} | (
-        {"special": special} if special != {END: len(ids)} else {})))
+    taken, last = {*special.values()}, enc.n_vocab - 1
+    alone = special == {END: last}
+    tokens = [None if i in taken else base64.b64encode(enc.decode_single_token_bytes(i)).decode()
+              for i in range(last if alone else enc.n_vocab)]
+    saved = {"name": enc.name, "pattern": enc._pat_str, "tokens": tokens}
+    path.write_text(json.dumps(saved if alone else saved | {"special": special}))
 
 
 def load(path):
     """The tiktoken.Encoding that save() wrote. Raises ValueError when the file is another one."""
     try:
         saved = json.loads(path.read_text())
-        tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
         if saved["pattern"] != PATTERN and "special" not in saved:
             raise ValueError("another splitting pattern")
+        tokens = [token if token is None else base64.b64decode(token, validate=True)
+                  for token in saved["tokens"]]
         return encoding(tokens, saved["name"], saved["pattern"], saved.get("special"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer of this project: {error}") from None

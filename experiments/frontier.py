@@ -59,7 +59,8 @@ VARIANTS = {
 # and students without a teacher
 BEYOND = ["undo-then-repnoise", "noise-retrain"]
 CRITICS = ["undo-labels", "classifier-skip", "classifier-uniform", "ntp", "filtered-labels"]
-ARMS = [*unlearn.FROM_BASE, "oracle", *VARIANTS, *BEYOND, "distilled", "filter-distil", "ntp-all", *CRITICS]
+ARMS = [*unlearn.FROM_BASE, "oracle", *VARIANTS, *BEYOND, "distilled", "filter-distil", "ntp-all",
+        *CRITICS]
 
 
 @dataclass
