@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 CONTEXT = 2048               # the longest block_size that read() gives a model
 MOST_UNUSED = 4096           # ids that stand for no token
 
-# Our names: those (in a folder, in a GGUF file)
+# Our names, and those (in a folder, in a GGUF file)
 SETTINGS = {
     "architecture": ("model_type", "general.architecture"),
     "rope scaling": ("rope_type", "llama.rope.scaling.type"),
@@ -47,7 +47,7 @@ SETTINGS = {
     "rope_base": ("rope_theta", "llama.rope.freq_base"),
     "eps": ("rms_norm_eps", "llama.attention.layer_norm_rms_epsilon"),
 }
-# .. and the shape, by letters: V vocab_size, C n_embd, U n_units, K n_kv_head * hs
+# The same, and the shape: V vocab_size, C n_embd, U n_units, K n_kv_head * hs
 TENSORS = {
     "wte": ("model.embed_tokens", "token_embd", "VC"),
     "norm": ("model.norm", "output_norm", "C"),
@@ -159,10 +159,10 @@ def weights(checkpoint):
         return load(tensors[name])
 
     def heads(name):
-        """(nh, hs, C)"""
+        """(nh, hs, C), of (n_kv_head, hs, C) for keys and values"""
         w = get(name).view(-1, hs, C)
-        if is_gguf and not name.endswith("v"):     # in GGUF, pairs of channels for rotate() are
-            w = w.view(-1, hs // 2, 2, C).transpose(1, 2).reshape(-1, hs, C)      # side by side
+        if is_gguf and not name.endswith("v"):    # GGUF rotates neighbours, we i and i + hs/2
+            w = w.view(-1, hs // 2, 2, C).transpose(1, 2).reshape(-1, hs, C)
         return w.repeat_interleave(n_head // len(w), 0)
 
     def padded(w):
@@ -232,8 +232,9 @@ def is_pretrained(name):
 
 # --- the tokenizer -------------------------------------------------------------------------------
 def read_tokenizer(path):
-    """The tiktoken.Encoding of a model. Its ids are the model's, and END separates documents.
-    Characters for whose bytes the vocabulary has no tokens (rare control codes) are dropped."""
+    """The tiktoken.Encoding of a model, without reading weights. Its ids are the model's, and END
+    (eot_token) separates documents, whatever the file calls that token. A text's characters for
+    whose bytes the vocabulary has no token (in SmolLM2, a few control codes) are dropped."""
     path = Path(path)
     with reading(path):
         return encoding(path.absolute().name,

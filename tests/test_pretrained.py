@@ -414,6 +414,16 @@ def test_ids_as_by_merges(tmp_path, pattern):
         assert enc.decode([1, 2, 0]) == "<|im_start|><|im_end|>" + END and enc.eot_token == 0
 
 
+@pytest.mark.parametrize("pattern", PRE_TOKENIZERS)
+def test_words(pattern):
+    """Cut as by the tokenizer's own steps, one after the other."""
+    rng, letters = random.Random(1), sorted(set(TEXT)) + [*" \t\n.1a"] * 20
+    for _ in range(500):
+        text = "".join(rng.choices(letters, k=30))
+        assert regex.findall(pretrained.PATTERNS[pattern], text) == [
+            word for word in words(pattern, text) if word]
+
+
 def test_merges_of_both_spellings(tmp_path):
     tokenizer = tokenizer_json()
     tokenizer["model"]["merges"] = [list(pair) for pair in MERGES["smollm"]]
@@ -578,6 +588,7 @@ def swap_ids(tokenizer):
     (lambda t: t["model"]["merges"].pop(7), "order of its merges"),
     (lambda t: t["model"].update(merges=[]), "order of its merges"),
     (lambda t: t["model"]["merges"].append("q q"), "order of its merges"),
+    (lambda t: t["model"]["merges"].insert(0, "q q"), "order of its merges"),
     (lambda t: t["model"]["merges"].append("q q q"), "choose"),
     (lambda t: t["model"]["vocab"].pop(LETTER[65]), "byte 65"),
     (lambda t: t["model"]["vocab"].pop(LETTER[10]), "byte 10"),
@@ -730,7 +741,7 @@ def test_damaged_folder(tmp_path):
         for bad in (b"", b"[]", b"{}", b"5", b"\xff" * 9, b"[" * 100_000, b'{"a":' * 100_000,
                     struct.pack("<Q", 100_000) + b"[" * 100_000, struct.pack("<Q", 2) + b"{}",
                     struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2**60) + b"{}",
-                    struct.pack("<Q", 2**63) + bytes(9)):
+                    struct.pack("<Q", 2**28) + b"{}", struct.pack("<Q", 2**63) + bytes(9)):
             (folder / name).write_bytes(bad)
             assert not survives(folder)
         (folder / name).write_bytes(raw)
@@ -749,6 +760,8 @@ def test_offsets_outside(tmp_path, offsets):
     header[Q]["data_offsets"] = offsets
     header = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + raw[end:])
+    with pytest.raises(BadInput):
+        pretrained.facts(folder)                           # before any weights are read
     assert not survives(folder)
 
 
