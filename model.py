@@ -61,6 +61,14 @@ def norm(x, eps=None):
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
+def rotations(config):
+    """{"cos", "sin"}: (T, 1, 1, hs / 2) each, of the angles of rotary positions."""
+    half = config.n_embd // config.n_head // 2
+    speed = config.rope_base ** -(torch.arange(half) / half)
+    angle = torch.outer(torch.arange(config.block_size), speed)[:, None, None]
+    return {"cos": angle.cos(), "sin": angle.sin()}
+
+
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021): turn channel pairs of x (B, T, .., hs) by their angle."""
     a, b = x.chunk(2, dim=-1)
@@ -215,11 +223,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = None if config.tied else nn.Linear(config.n_embd, padded, bias=False)
         self.register_buffer("gain", torch.ones(config.n_embd) if config.gain else None)
-        half = config.n_embd // config.n_head // 2
-        speed = config.rope_base ** -(torch.arange(half) / half)
-        angle = torch.outer(torch.arange(config.block_size), speed)
-        self.register_buffer("cos", angle.cos()[:, None, None], persistent=False)
-        self.register_buffer("sin", angle.sin()[:, None, None], persistent=False)   # (T,1,1,hs/2)
+        for name, table in rotations(config).items():
+            self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
     @torch.no_grad()

@@ -15,7 +15,6 @@ stays where it is if the matrix behind it is the embedding, too (a tied model).
 """
 import math
 import re
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
@@ -27,7 +26,7 @@ import torch
 from data.checkpoint import check, load, read_folder, read_gguf, read_json, reading
 from data.tokenizer import END
 from engine.knobs import BadInput
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rotations
 
 CONTEXT = 2048               # the longest block_size that read() gives a model
 MOST_UNUSED = 4096           # ids that stand for no token
@@ -207,8 +206,8 @@ def read(path):
             raise BadInput(f"{path} needs {needed / 1e9:.1f} GB in float32, but {free / 1e9:.1f} GB"
                            f" of memory are free: choose a smaller model")
         model.load_state_dict(dict(weights(checkpoint)), assign=True)
-        angles = GPT(replace(config, vocab_size=1, n_layer=0))
-        model.cos, model.sin = angles.cos, angles.sin
+        for name, table in rotations(config).items():
+            setattr(model, name, table)
     return model, enc
 
 
