@@ -149,8 +149,8 @@ def test_stacked_attack(dtype, tasks, monkeypatch):
     """All runs of an attack as one Stack, beside one after the other."""
     computing_in(monkeypatch, dtype)
     task, curves = tasks["there"], []
-    cfg = judges.Attack(device=DEVICE.type, compile=False, lrs=[0.001, 0.003], attack_rows=8,
-                        attack_steps=[5, 20], attack_seeds=2)
+    cfg = judges.Attack(device=DEVICE.type, compile=False, attack="forget", lrs=[0.001, 0.003],
+                        attack_rows=8, attack_steps=[5, 20], attack_seeds=2)
     assert DEVICE.type == "cpu" or judges.stackable(lively(task), task, 8, 4)
     for stacked in (False, True):
         monkeypatch.setattr(judges, "stackable", lambda *_, stacked=stacked: stacked)

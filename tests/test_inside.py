@@ -190,7 +190,7 @@ def test_revival_is_the_relearning_attack_until_it_succeeds(task, float32, monke
     gpt, asked = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16)), []
     gpt.init_weights(torch.Generator().manual_seed(0))
     cfg = dataclasses.replace(CFG, task="arithmetic", lrs=[1e-2], attack_steps=[4, 8, 12],
-                              attack_seeds=1)
+                              attack_seeds=1, attack="forget")
     monkeypatch.setattr(judges, "seed_of", lambda *name: (asked.append(name), 7)[1])
     task.score = lambda model, domains=("retain", "forget"), part="test", finer=False: {
         d: model.wte.weight.norm().item() for d in domains}

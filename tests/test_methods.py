@@ -15,7 +15,7 @@ from engine.store import models_of
 from engine.streams import torch_stream
 
 CFG = unlearn.Config(device="cpu", compile=False, retain_weight=0.0, beta=0.3, gamma=1.5, rho=0.5,
-                     inner_steps=2, inner_lrs=[1e-3, 1e-2])
+                     steer=4.0, mmd=5.0, inner_steps=2, inner_lrs=[1e-3, 1e-2])
 LAST = tuple(x if i == 0 else x[:, -4:] for i, x in enumerate(FORGET))     # few targets in a row
 
 

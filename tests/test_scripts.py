@@ -323,7 +323,7 @@ def test_eval_relearn_is_the_attack_of_the_stories(home, monkeypatch):
     task = data.load("arithmetic", home.data_dir)
     model, _ = load(home.out / "arithmetic" / "seed0" / "base.pt", task)
     cfg = judges.Attack(device="cpu", lrs=[0.01], attack_steps=[2, 4], attack_rows=4,
-                        attack_seeds=1, compile=False)
+                        attack_seeds=1, attack="forget", compile=False)
     direct = judges.relearn(model, task, cfg)["worst"]
     rows = home.rows("relearn")["rows"]
     assert [row["forget"] for row in rows[1:]] == pytest.approx(

@@ -399,7 +399,8 @@ def test_the_exam_is_distinct_and_in_two_parts():
 def test_pairs_never_shown_are_reported_under_attack(task, monkeypatch):
     """Beside the headline, at the same rate; of an attack that teaches what the exam asks."""
     cfg = dataclasses.replace(judges.Config(), task="arithmetic", device="cpu", compile=False,
-                              lrs=[1e-3, 1e-2], attack_steps=[2, 4], attack_rows=4, attack_seeds=2)
+                              lrs=[1e-3, 1e-2], attack_steps=[2, 4], attack_rows=4, attack_seeds=2,
+                              attack="forget")
     gpt = GPT(GPTConfig(task.vocab_size, task.block_size, 1, 2, 16))
     asked = []
 

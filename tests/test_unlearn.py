@@ -545,7 +545,7 @@ def test_robustness(method, unlearned, filtered, expected):
 
 def attack(**knobs):
     return judges.Attack(device="cpu", compile=False, lrs=[0.1, 0.2, 0.3], attack_steps=[1, 2, 4],
-                         attack_rows=4, attack_seeds=2, **knobs)
+                         **{"attack": "forget", "attack_rows": 4, "attack_seeds": 2} | knobs)
 
 
 @pytest.mark.parametrize("higher,lrs", [(True, [0.3, 0.1, 0.2]), (False, [0.2, 0.3, 0.1])])
