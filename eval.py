@@ -115,7 +115,7 @@ STRINGS = WORDS | dict(lrs=[1e-4, 3e-4, 1e-3], attack_steps=[5, 10, 20, 40])
 ATTACK = {"arithmetic": WORDS, "language": WORDS | dict(attack_steps=[10, 20, 40, 60, 80]),
           "tinystories": STORIES, "bilingual": STORIES, "instruct": WORDS,
           "pcfg": STRINGS | dict(attack_rows=64), "gaming": STRINGS | dict(attack_rows=32),
-          "quiz": dict(attack="shown", lrs=[1e-5, 3e-5, 1e-4], attack_steps=[5, 10, 20, 40],
+          "quiz": dict(attack="shown", lrs=[3e-6, 1e-5, 3e-5], attack_steps=[5, 10, 20, 40],
                        attack_rows=8, attack_seeds=1, attack_few=0)}
 LOOK = dict(cut=[5, 10, 20, 40, 76], check_every=5)
 REAL = LOOK | dict(probe_rows=64, revive_lr=1e-3, revive_steps=300)

@@ -100,7 +100,7 @@ SETTINGS = {                                # what auto knobs stand for, by task
     "tinystories": STORIES | dict(alphas=[0.6, 0.8], beta=3.0, distil_on="retain"),
     "bilingual": STORIES,
     "instruct": STORIES | dict(steps=400, batch_size=16),
-    "quiz": PAPER | dict(method="maxent", alphas=[0.1, 0.2], steps=100, batch_size=16, lr=1e-4,
+    "quiz": PAPER | dict(method="graddiff", alphas=[0.1, 0.2], steps=120, batch_size=8, lr=3e-5,
                          muon_lr=0.0, check_every=10),
     "pcfg": STRINGS, "gaming": STRINGS}
 
@@ -254,20 +254,22 @@ def make_teacher(cfg, task, base, base_record, folder=""):
 def made(cfg, task):
     """Yields (name, (model, record)) of all models, from disk or made: those first that tell most.
     """
-    base = foundation("base", cfg, task)
-    yield "base", base
-    teacher = make_teacher(cfg, task, *base)
-    yield cfg.method, teacher
+    def of(name):                # from disk each time: a pretrained model fills the memory
+        return foundation(name, cfg, task)
+
+    def teacher():
+        return make_teacher(cfg, task, *of("base"))
+
+    yield "base", of("base")
+    yield cfg.method, teacher()
     if not task.pretrained:
-        filtered = foundation("filtered", cfg, task)
-        yield "filtered", filtered
+        yield "filtered", of("filtered")
     for alpha in cfg.alphas:
-        yield f"undo-{alpha:g}", undo(alpha, cfg, task, *teacher)
-    if task.pretrained:                          # nobody can make these from nothing
-        return
-    oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
-    yield "oracle", unlearn.unlearn(oracle, task, *base, *filtered)
-    yield "distilled", undo(None, cfg, task, *teacher)
+        yield f"undo-{alpha:g}", undo(alpha, cfg, task, *teacher())
+    if not task.pretrained:                      # these would have to be trained from nothing
+        oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
+        yield "oracle", unlearn.unlearn(oracle, task, *of("base"), *of("filtered"))
+        yield "distilled", undo(None, cfg, task, *teacher())
 
 
 def story(cfg, task):
@@ -281,6 +283,7 @@ def story(cfg, task):
         records[name] = record
         rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(result) | (
             unlearn.spent(record, task) | ({"flops": 0} if name == "base" else {}))
+        del model
         yield compared([rows[name] for name in (*order, "distilled") if name in rows], records,
                        cfg, task)
 

@@ -32,7 +32,7 @@ from engine.report import (
 )
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
-from eval import AfterBase, attacked, fill_attack, foundations, relearn
+from eval import AfterBase, attacked, fill_attack, foundation, foundations, relearn
 from train import fill, fit, open_task
 
 # What auto knobs stand for, by method and task; a fifth is a knob of the method's own. Those of
@@ -42,14 +42,14 @@ METHOD_KNOBS = "steps", "lr", "retain_weight", "batch_size"
 TUNED = {
     "maxent":   {"arithmetic": (80, 5e-4, 50.0, 32), "language": (40, 1e-3, 20.0, 32),
                  "tinystories": (220, 1.2e-3, 20.0, 16), "instruct": (40, 1e-3, 20.0, 32),
-                 "pcfg": (40, 3e-4, 1.0, 64), "quiz": (30, 3e-5, 5.0, 8)},
+                 "pcfg": (40, 3e-4, 1.0, 64), "quiz": (20, 3e-5, 3.0, 8)},
     "graddiff": {"arithmetic": (65, 9e-4, 55.0, 32), "language": (40, 1e-3, 3.0, 32),
                  "tinystories": (120, 5e-4, 5.0, 16), "instruct": (40, 1e-3, 3.0, 32),
-                 "pcfg": (40, 3e-4, 3.0, 64), "quiz": (30, 1e-5, 5.0, 8)},
-    "npo":      {"arithmetic": (100, 3.5e-4, 4.0, 32, dict(beta=0.12)), "quiz": (30, 1e-5, 5.0, 8)},
+                 "pcfg": (40, 3e-4, 3.0, 64), "quiz": (40, 1e-5, 5.0, 8)},
+    "npo":      {"arithmetic": (100, 3.5e-4, 4.0, 32, dict(beta=0.12)), "quiz": (60, 1e-5, 3.0, 8)},
     "simnpo":   {"arithmetic": (80, 1.3e-3, 1.5, 32, dict(beta=1.2)), "quiz": (30, 1e-5, 5.0, 8)},
     "undial":   {"arithmetic": (65, 9e-4, 55.0, 32, dict(gamma=29.0)), "quiz": (30, 1e-5, 5.0, 8)},
-    "sam":      {"arithmetic": (50, 1.2e-4, 30.0, 32, dict(rho=0.35)), "quiz": (30, 3e-5, 5.0, 8)},
+    "sam":      {"arithmetic": (50, 1.2e-4, 30.0, 32, dict(rho=0.35)), "quiz": (20, 3e-5, 3.0, 8)},
     "repnoise": {"arithmetic": (80, 1e-3, 20.0, 32), "quiz": (30, 1e-5, 5.0, 8)},
     "tar":      {"arithmetic": (100, 1.7e-4, 200.0, 32), "quiz": (10, 1e-5, 5.0, 8)},
     "rmu":      {"arithmetic": (50, 1.2e-4, 30.0, 32, dict(steer=2.8)),
@@ -61,7 +61,7 @@ TUNED = {
                  "pcfg": (100, 1e-3, None, 64)},
     "finetune": {"arithmetic": (60, 1e-3, None, 32), "language": (60, 1e-3, None, 32),
                  "tinystories": (60, 1e-3, None, 16), "instruct": (60, 1e-3, None, 32),
-                 "pcfg": (200, 3e-4, None, 128), "quiz": (30, 1e-5, None, 8)}}
+                 "pcfg": (200, 3e-4, None, 128), "quiz": (40, 1e-5, None, 8)}}
 ALIKE = {"bilingual": "tinystories", "gaming": "pcfg"}
 # The knobs of a method's own, on every other task.
 OWN = {"npo": dict(beta=0.1), "simnpo": dict(beta=2.5, gamma=0.0), "undial": dict(gamma=10.0),
@@ -522,13 +522,11 @@ def main(cfg):
     for each in given:                           # reports wrong input before anything is made
         rate(each)
         retain_shares(each, task)
-    known = foundations(given[0], task)
-
-    def every():                                 # one at a time: a pretrained model is large
-        for name, made in zip(("base", "filtered"), known):
-            yield name, *made, {}
+    def every():                     # one at a time, from disk: a pretrained model fills the memory
+        for name in ("base",) if task.pretrained else ("base", "filtered"):
+            yield name, *foundation(name, given[0], task), {}
         for each in given:
-            yield each.method, *unlearn(each, task, *sum(known, ())), {
+            yield each.method, *unlearn(each, task, *sum(foundations(each, task), ())), {
                 k: getattr(each, k) for k in METHOD_KNOBS if getattr(each, k) is not None}
 
     rows = []
@@ -537,6 +535,7 @@ def main(cfg):
             before = task.score(model, finer=True)
         result = relearn(model, task, given[0], name)
         rows.append({"model": name} | before | spent(record, task) | attacked(result) | knobs)
+        del model
     last = str(given[0].attack_steps[-1])
     flat = [row | row["relearned"] | {f"{k} {last}": at[last] for k, at in row.items()
                                       if k.startswith("relearned_") and k != "relearned_few"}

@@ -32,6 +32,7 @@ import torch
 
 from data import facts, pretrained
 from data.tinystories import HOME, split, take
+from engine.hardware import trim
 from engine.knobs import BadInput, FilePath, knob
 from engine.streams import stream
 
@@ -243,6 +244,7 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
         figures |= {f"greedy_{name}": greedy(model, task, questions)
                     for name, questions in some.items()}
         figures["text_loss"] = task.loss(model, "retain", 64)
+    trim()
     return figures
 
 
@@ -256,7 +258,7 @@ def cloze(model, task, questions, phrasings=for_scoring):
 
 
 @torch.no_grad()
-def mean_log_probabilities(model, task, texts, rows=64):
+def mean_log_probabilities(model, task, texts, rows=32):
     """(N,) of N texts (beginning, answer): the mean log-probability of the answer's tokens."""
     encode = task.tokenizer.encode_ordinary
     pairs = [([task.end, *encode(begun)], encode(" " + answer)) for begun, answer in texts]

@@ -1,4 +1,6 @@
 """What a run computes on: the device, its precision, whether to compile; and what it costs."""
+import ctypes
+import gc
 import math
 import os
 import shutil
@@ -128,6 +130,16 @@ def eagerly():
 def to_device(x, device):
     """x (a tensor on the CPU) on a device; the host does not wait until a GPU has it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def trim():
+    """Gives freed memory back to the system: what is only in cycles of references, too, and what
+    glibc keeps, in pieces that a large model's next tensors do not fit."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):                    # another C library
+        pass
 
 
 def counting_flops():
