@@ -326,10 +326,16 @@ def draw_revival(ax, task, curves, domain):
 
 def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
     """Draws losses after ablation against the label fraction, and relearning curves at the largest
-    fraction. `dotted` and `dashed` name the methods with such lines."""
+    fraction. `dotted` and `dashed` name the methods with such lines; dotted ones use no labels."""
+    def rows_of(method, fraction):
+        return [row for row in rows if row["method"] == method and (
+            method in dotted or row["label_fraction"] == fraction)]
+
     def of(method, fraction, figure):
-        return mean([row for row in rows if (row["method"], row["label_fraction"])
-                     == (method, fraction)], figure)
+        return mean(rows_of(method, fraction), figure)
+
+    def fractions_of(method):
+        return [f for f in fractions if rows_of(method, f)]
 
     style = {name: {"marker": "o", "markersize": 4, "linestyle": ":" if name in dotted else
                     "--" if name in dashed else "-"} for name in [row["method"] for row in rows]}
@@ -338,8 +344,8 @@ def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
     for ax, key, label in ((axes[0], f"forget{words}", f"{forget} (higher: more is gone)"),
                            (axes[1], "retain", "retain loss (lower is better)")):
         for name in style:
-            ax.plot([100 * f for f in fractions],
-                    [of(name, f, lambda row: row[f"{key}_finetuned"]) for f in fractions],
+            ax.plot([100 * f for f in fractions_of(name)],
+                    [of(name, f, lambda row: row[f"{key}_finetuned"]) for f in fractions_of(name)],
                     label=name, **style[name])
         ax.set(xlabel="labelled forget data (%)", ylabel=f"{label}, nats per token", xscale="log",
                xticks=[100 * f for f in fractions],
@@ -349,11 +355,14 @@ def draw_routing(axes, rows, fractions, attack_steps, dotted=(), dashed=()):
     axes[1].set_title("Retain loss after ablation")
     most = fractions[-1]
     for name in style:
+        if not rows_of(name, most):
+            continue
         axes[2].plot(attack_steps, [of(name, most, lambda row: row[f"relearned{words}"][str(step)])
                                     for step in attack_steps], label=name, **style[name])
     axes[2].set(xlabel="fine-tuning steps of the attacker", ylabel=f"{forget}, worst rate",
                 title=f"Relearning curves, {most:.0%} of forget data labelled")
-    axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[2].legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="center left",
+                   bbox_to_anchor=(1, 0.5))
 
 
 def draw_attention(ax, heads, names, tokens, title):
