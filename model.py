@@ -200,7 +200,7 @@ class KVCache:
         return k, v, self.mask.to(k.dtype)
 
     def repeat(self, n):
-        """Copies every row n times; the copies stand next to each other."""
+        """Copies every row n times, or row i n[i] times; the copies stand next to each other."""
         self.kv = {layer: kv.repeat_interleave(n, 1) for layer, kv in self.kv.items()}
         self.pad = self.pad.repeat_interleave(n, 0)
 

@@ -35,6 +35,7 @@ from data.tinystories import HOME, split, take
 from engine.hardware import trim
 from engine.knobs import BadInput, FilePath, knob
 from engine.streams import stream
+from model import KVCache
 
 SETTINGS = {"quiz": dict(block_size=40, least_block_size=16, aligned=True)}
 
@@ -251,31 +252,37 @@ def score(model, task, domains=("retain", "forget"), part="test", finer=False):
 def cloze(model, task, questions, phrasings=for_scoring):
     """The share of questions, in the first phrasing that the function `phrasings` gives, for which
     the right answer has the highest mean log-probability."""
-    texts = [(phrasings(q)[0], answer) for q in questions for answer in q["answers"]]
-    found = mean_log_probabilities(model, task, texts).split([len(q["answers"]) for q in questions])
-    return sum(likelihoods.argmax().item() == q["right"]
-               for q, likelihoods in zip(questions, found)) / len(questions)
+    found = mean_log_probabilities(model, task, questions, phrasings)
+    right = [means.argmax().item() == q["right"] for q, means in zip(questions, found)]
+    return sum(right) / len(right)
 
 
 @torch.no_grad()
-def mean_log_probabilities(model, task, texts, rows=32):
-    """(N,) of N texts (beginning, answer): the mean log-probability of the answer's tokens."""
-    encode = task.tokenizer.encode_ordinary
-    pairs = [([task.end, *encode(begun)], encode(" " + answer)) for begun, answer in texts]
-    means = torch.zeros(len(pairs))
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))   # little padding
+def mean_log_probabilities(model, task, questions, phrasings, rows=32):
+    """[(number of answers,)] of each question: the mean log-probability of each answer's tokens. A
+    question is computed once for all of its answers."""
+    encode, device = task.tokenizer.encode_ordinary, task.device
+    asked = [[task.end, *encode(phrasings(q)[0])] for q in questions]
+    order, found = sorted(range(len(asked)), key=lambda i: len(asked[i])), [None] * len(asked)
     for some in (order[i:i + rows] for i in range(0, len(order), rows)):
-        longest = max(sum(map(len, pairs[i])) for i in some)
-        idx = torch.tensor([[*pairs[i][0], *pairs[i][1]] + [0] * (longest - sum(map(len, pairs[i])))
-                            for i in some], device=task.device)
-        answer = torch.zeros_like(idx, dtype=torch.bool)
-        for row, i in zip(answer, some):
-            row[len(pairs[i][0]):sum(map(len, pairs[i]))] = True
-        x = model(idx[:, :-1], residual=-1)[answer[:, 1:]]             # (answers' tokens, C)
-        found = model.unembed(x).float().log_softmax(-1).gather(1, idx[answer][:, None])[:, 0]
-        sizes = [len(pairs[i][1]) for i in some]
-        means[some] = torch.stack([part.mean() for part in found.split(sizes)]).cpu()
-    return means
+        answers = [encode(" " + answer) for i in some for answer in questions[i]["answers"]]
+        longest, width = len(asked[some[-1]]), max(map(len, answers))
+        pad = [longest - len(asked[i]) for i in some]
+        repeats, lengths = (torch.tensor([len(x) for x in xs], device=device)
+                            for xs in ([questions[i]["answers"] for i in some], answers))
+        cache = KVCache(longest + width, torch.tensor(pad, device=device))
+        idx = torch.tensor([[0] * n + asked[i] for n, i in zip(pad, some)], device=device)
+        x = model.residuals(idx, cache)[-1][:, -1:].repeat_interleave(repeats, 0)
+        cache.repeat(repeats)
+        idx = torch.tensor([a + [0] * (width - len(a)) for a in answers], device=device)
+        if width > 1:                                            # the last token predicts nothing
+            x = torch.cat((x, model.residuals(idx[:, :-1], cache)[-1]), 1)           # (B, width, C)
+        tokens = torch.arange(width, device=device) < lengths[:, None]
+        chances = model.unembed(x[tokens]).float().log_softmax(-1).gather(1, idx[tokens][:, None])
+        means = torch.stack([part.mean() for part in chances.split(lengths.tolist())]).cpu()
+        for i, answers in zip(some, means.split(repeats.tolist())):
+            found[i] = answers
+    return found
 
 
 def greedy(model, task, questions):

@@ -300,7 +300,7 @@ def test_undo_story(home, files):
     code, out, err = home.call("undo", *given(files), *UNDO, "--alphas=0.5", "--remake=true")
     assert code == 0, err
     rows = json.loads((home.out / "quiz" / "undo.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["base", "maxent", "undo-0.5"]
+    assert [row["model"] for row in rows] == ["base", "graddiff", "undo-0.5"]
     assert rows[2]["tokens"] > rows[1]["tokens"] > 0 and "compute %" not in out
 
 
