@@ -188,6 +188,7 @@ class Run:
             run = last["run"]
             for optimizer, state in zip(self.optimizers, run["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+                [group["peak"] for group in optimizer.param_groups]        # a KeyError if it lacks
             self.scaler.load_state_dict(run["scaler"])
             self.since = [torch.tensor(x, device=self.device) for x in run["since"]]
             self.over, self.cost, self.skipped, self.seconds = (

@@ -22,15 +22,18 @@ SEAL = b"sha256:"                # a sealed file is its content, then SEAL, then
 
 
 def write(path, content):
-    """Writes bytes, or an iterable of them, to a file, all or nothing. For this, it writes and
-    flushes a temporary file beside it and then renames that. If this fails, for example on a full
-    disk, raises BadInput and keeps the old file.
+    """Writes bytes, an iterable of them, or what content(f) writes to f, to a file, all or nothing.
+    For this, it writes and flushes a temporary file beside it and then renames that. If this fails,
+    for example on a full disk, raises BadInput and keeps the old file.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{OURS}")
     try:
         with open(partial, "wb") as f:
-            f.writelines([content] if isinstance(content, bytes) else content)
+            if callable(content):
+                content(f)
+            else:
+                f.writelines([content] if isinstance(content, bytes) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -102,13 +105,37 @@ def fingerprint(path, last=None, knob="source"):
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
 
+class Hashed:
+    """A file for torch.save that also hashes what it gets: nothing is in memory twice. It keeps
+    the error of a write that fails, in place of which torch raises one of its own."""
+
+    def __init__(self, f):
+        self.f, self.sha256, self.error = f, hashlib.sha256(), None
+
+    def write(self, some):
+        self.sha256.update(some)
+        try:
+            return self.f.write(some)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.f.flush()
+
+
 def write_sealed(path, content):
     """Writes a dict of tensors and plain values by torch.save, with its digest at the end."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    body = buffer.getbuffer()                                        # not a copy
+    def save(f):
+        hashed = Hashed(f)
+        try:
+            torch.save(content, hashed)
+        except Exception as error:
+            raise hashed.error or error from None
+        f.write(SEAL + hashed.sha256.digest())
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write(path, [body, SEAL, hashlib.sha256(body).digest()])
+    write(path, save)
 
 
 def read_sealed(path, device="cpu"):
