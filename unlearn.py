@@ -437,6 +437,17 @@ def depends(cfg):
     return names + list(DEPENDS.get(cfg.around, ())) * (cfg.method == "sam")
 
 
+def check(cfg, base):
+    """BadInput for what cfg.method cannot do to base."""
+    if cfg.layer and cfg.layer > base.config.n_layer:
+        raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
+    if WORLD > 1 and cfg.method in ("sam", "tar"):
+        raise BadInput(f"--method={cfg.method} runs in one process: its inner gradients are not "
+                       f"averaged over several")
+    if cfg.after == cfg.method:
+        raise BadInput(f"--after={cfg.after}: the same as --method; give more --steps instead")
+
+
 def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, folder="", alike=1):
     """(model, record) of base after cfg.method, read from disk or made. The oracle needs the
     filtered model.
@@ -451,15 +462,9 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
     if cfg.method == "sam":
         cfg = dataclasses.replace(cfg, **{k: v for k, v in OWN.get(cfg.around, {}).items()
                                           if getattr(cfg, k) is None})
-    if cfg.layer and cfg.layer > base.config.n_layer:
-        raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
+    check(cfg, base)
     cfg = dataclasses.replace(cfg, lr=rate(cfg))
     before = 0
-    if WORLD > 1 and cfg.method in ("sam", "tar"):
-        raise BadInput(f"--method={cfg.method} runs in one process: its inner gradients are not "
-                       f"averaged over several")
-    if cfg.after == cfg.method:
-        raise BadInput(f"--after={cfg.after}: the same as --method; give more --steps instead")
     if cfg.after:
         first = dataclasses.replace(cfg, method=cfg.after, after="", **dict.fromkeys(
             (*METHOD_KNOBS, "beta", "gamma")))
@@ -524,7 +529,11 @@ def main(cfg):
         retain_shares(each, task)
     def every():                     # one at a time, from disk: a pretrained model fills the memory
         for name in ("base",) if task.pretrained else ("base", "filtered"):
-            yield name, *foundation(name, given[0], task), {}
+            model, record = foundation(name, given[0], task)
+            for each in given:
+                check(each, model)
+            yield name, model, record, {}
+            del model
         for each in given:
             yield each.method, *unlearn(each, task, *sum(foundations(each, task), ())), {
                 k: getattr(each, k) for k in METHOD_KNOBS if getattr(each, k) is not None}

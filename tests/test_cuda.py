@@ -58,7 +58,7 @@ def computing_in(monkeypatch, dtype):
 def post_hoc(method):
     def made(task, model):
         cfg = unlearn.Config(method=method, retain_weight=2.0, seed=3, beta=0.1, gamma=1.0,
-                             inner_steps=1)
+                             steer=4.0, rho=0.5, mmd=5.0, inner_steps=1)
         reference = lively(task, 1)
         return lambda model, step: unlearn.objective(
             model, task.batch("forget", 8, step, 0), task.batch("retain", 8, step, 0), reference,

@@ -335,13 +335,15 @@ def test_every_task_suits_every_script(name):
     """No knob is left on auto that a script needs, and the values pass the knobs' own checks."""
     size = "n_layer", "n_head", "n_embd"
     rates = "steps", "batch_size", "lr"
+    pretrained = hasattr(data.module(name), "base")            # its model and tokenizer are given
     needed = [(judges.ATTACK, judges.Attack, {"lrs", "attack_steps", "attack_rows"}),
-              (train.SETTINGS, train.Config, {*size, *rates, "filtered_steps", "muon_lr"}),
               (undo.SETTINGS, undo.Config, {"method", "alphas", *rates, "muon_lr", "check_every"}),
               (judges.TOOLS, judges.Config, {"probe_rows", "cut", "revive_lr", "revive_steps",
                                              "check_every"})]
     needed += [(unlearn.SETTINGS[method], unlearn.Config, {*rates}) for method in unlearn.NAMES]
-    on_disk = hasattr(data.module(name), "documents")          # else its words are given
+    if not pretrained:
+        needed.append((train.SETTINGS, train.Config, {*size, *rates, "filtered_steps", "muon_lr"}))
+    on_disk = hasattr(data.module(name), "documents") and not pretrained    # else words are given
     assert {"block_size"} | ({"vocab_size"} if on_disk else set()) <= set(
         data.module(name).SETTINGS[name])
     for settings, config, knobs in needed:
@@ -563,7 +565,7 @@ def test_config_in_the_rows_is_resolved(script, home, trained, undone):
     shaping = {f.name for f in dataclasses.fields(SCRIPTS[script].Config)} - {
         "data_dir", "source", "source2", "stories", "words", "heldout_pairs", "prior", "env",
         "hack_rates", "compile", "layer", "resume", "by_block", "join"} - (
-            {"after", "beta", "gamma"} if script == "unlearn" else set())
+            {"after", "beta", "gamma", "steer", "rho", "mmd"} if script == "unlearn" else set())
     assert not {k for k in shaping if saved["config"][k] is None}
 
 
