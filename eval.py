@@ -138,7 +138,8 @@ def fill_attack(cfg):
 
 
 def check_attack(cfg):
-    if getattr(cfg, "attack", None) == "shown" and "shown" not in getattr(data.module(cfg.task), "EXTRA", ()):
+    more = getattr(data.module(cfg.task), "EXTRA", ())
+    if getattr(cfg, "attack", None) == "shown" and "shown" not in more:
         raise BadInput(f"--attack=shown means nothing to the task {cfg.task}: quiz has it")
 
 

@@ -28,7 +28,7 @@ from experiments import examine, gridworld, revive_hack, wrapper
 from model import GPT, GPTConfig, write_model
 
 TINY = dict(device="cpu", compile=False, n_layer=1, n_head=2, n_embd=8)
-ATTACK = dict(**TINY, lrs=[1e-3], attack_steps=[1], attack_rows=4, attack_seeds=1)
+ATTACK = dict(**TINY, attack="forget", lrs=[1e-3], attack_steps=[1], attack_rows=4, attack_seeds=1)
 ROUTE = route.Config(**ATTACK, task="language", steps=1, batch_size=512, lr=1e-3, muon_lr=0.0,
                      coherence_steps=1)
 OVERSEE = gridworld.Config(device="cpu", compile=False, steps=1, batch_size=512, lr=1e-3, width=8)
