@@ -527,13 +527,14 @@ def as_long_as(name, cfg):
     """cfg with block_size set to that of the named model, unless the user gave one. A pretrained
     model reads far more than a row."""
     path = path_of(name, cfg)
-    if cfg.block_size or not path.exists() or hasattr(data.module(cfg.task), "base"):
+    if cfg.block_size or not path.exists() or data.starts_pretrained(cfg.task):
         return cfg
     return dataclasses.replace(cfg, block_size=read(path)[0].config.block_size)
 
 
 def main(cfg):
-    file = cfg.model if is_pretrained(cfg.model) else None          # quiz: base's own file
+    own = data.starts_pretrained(cfg.task) and is_pretrained(cfg.model)
+    file = cfg.model if own else None                               # quiz: base's own file
     task = open_task(dataclasses.replace(as_long_as(cfg.model, cfg), model=file), writes=False)
     cfg = fill(fill(dataclasses.replace(cfg, model="base" if file else cfg.model), ATTACK), TOOLS)
     check_attack(cfg)

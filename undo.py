@@ -438,13 +438,13 @@ def print_table(rows, cfg):
                "mentions": "mentions", f"relearned_mentions {step}": f"after {step}",
                "relearned_few": "few", "forget_shown": "shown",
                f"relearned_shown {last}": f"after {last}", "forget_asked": "asked",
-               "near": "near", "text_loss": "text", "tokens": "tokens"}
-    compared = {f"robustness{words} {step}": f"robust@{step}", "robustness_mean": "robust",
-                "compute_pct": "compute %", "compute_pct_matched": "matched %"}
+               "near": "near", "text_loss": "text", "tokens": "tokens",
+               f"robustness{words} {step}": f"robust@{step}", "robustness_mean": "robust",
+               "compute_pct": "compute %", "compute_pct_matched": "matched %"}
     table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
           | ({"forget_words": "words"} if words else {})
           | {f"relearned{words} {s}": f"after {s}" for s in shown}
-          | {k: header for k, header in (further | compared).items() if k in lines[0]})
+          | {k: header for k, header in further.items() if k in lines[0]})
 
 
 if __name__ == "__main__":

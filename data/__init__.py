@@ -66,6 +66,11 @@ def module(name):
     return importlib.import_module(f"data.{TASKS[name]}")
 
 
+def starts_pretrained(name):
+    """Whether a task's base is a pretrained model."""
+    return hasattr(module(name), "base")
+
+
 def at_size(settings, name, size=None):
     """What a table of settings, {task or (task, size): {knob: value}}, has for a task: its entry,
     and over this the entry for the size, if there is one."""
@@ -114,7 +119,7 @@ class Task:
         self.data_id = hashlib.sha256(json.dumps(meta["files"] or meta).encode()).hexdigest()[:12]
         self.shard = (0, 1)
         self.generated = folder is None
-        self.pretrained = hasattr(self.module, "base")
+        self.pretrained = starts_pretrained(name)
         self.tokenizer = (self.module.encoding(self.block_size) if self.generated else
                           tokenizer.load(folder / "tokenizer.json"))
         self.vocab_size, self.end = self.tokenizer.n_vocab, self.tokenizer.eot_token

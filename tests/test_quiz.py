@@ -318,7 +318,8 @@ def test_judges(home, files, what):
 @pytest.mark.parametrize("script, arguments, says", [
     ("train", [], "starts from a pretrained model"), ("unlearn", ["--method=oracle"], "oracle"),
     ("unlearn", ["--task=pcfg", "--attack=shown"], "shown means nothing"),
-    ("unlearn", ["--n_layer=3"], "n_layer")])
+    ("unlearn", ["--n_layer=3"], "n_layer"),
+    ("eval", ["--task=pcfg", "--model=/"], " /.pt is missing")])    # folders are for quiz alone
 def test_what_a_pretrained_task_has_not(home, files, script, arguments, says):
     task = [] if "--task=pcfg" in arguments else given(files)
     code, _, err = home.call(script, *task, *arguments)
