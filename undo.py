@@ -253,20 +253,23 @@ def make_teacher(cfg, task, base, base_record, folder=""):
 
 def made(cfg, task):
     """Yields (name, (model, record)) of all models, from disk or made: those first that tell most.
-    """
-    base = foundation("base", cfg, task)
-    yield "base", base
-    teacher = make_teacher(cfg, task, *base)
-    yield cfg.method, teacher
+    None is held for later, for a pretrained one fills the memory: what is needed again is read."""
+    def base():
+        return foundation("base", cfg, task)
+
+    def teacher():
+        return make_teacher(cfg, task, *base())
+
+    yield "base", base()
+    yield cfg.method, teacher()
     if not task.pretrained:
-        filtered = foundation("filtered", cfg, task)
-        yield "filtered", filtered
+        yield "filtered", foundation("filtered", cfg, task)
     for alpha in cfg.alphas:
-        yield f"undo-{alpha:g}", undo(alpha, cfg, task, *teacher)
+        yield f"undo-{alpha:g}", undo(alpha, cfg, task, *teacher())
     if not task.pretrained:                      # these would have to be trained from nothing
         oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
-        yield "oracle", unlearn.unlearn(oracle, task, *base, *filtered)
-        yield "distilled", undo(None, cfg, task, *teacher)
+        yield "oracle", unlearn.unlearn(oracle, task, *base(), *foundation("filtered", cfg, task))
+        yield "distilled", undo(None, cfg, task, *teacher())
 
 
 def story(cfg, task):

@@ -545,11 +545,12 @@ def main(cfg):
         result = relearn(model, task, given[0], name)
         rows.append({"model": name} | before | spent(record, task) | attacked(result) | knobs)
         del model
+        write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows,
+                   quiet=len(rows) > 1)
     last = str(given[0].attack_steps[-1])
     flat = [row | row["relearned"] | {f"{k} {last}": at[last] for k, at in row.items()
                                       if k.startswith("relearned_") and k != "relearned_few"}
             for row in rows]
-    write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows)
     picture("unlearn", cfg, draw_relearning, task, {row["model"]: {0: row["forget"]} | {
         int(step): score for step, score in row["relearned"].items()} for row in rows})
     table(flat, {"model": "model", "retain": "retain", "forget": "forget"}

@@ -63,9 +63,11 @@ def watch(monkeypatch):
     """fits: of every call of fit() the model, its weights at start and end, frozen, stop, the name
     of what it makes (of), its loss, the others that this called, the rows learned from; made: the
     last by name; models: all that were obtained; revived: (model, goal); asked: what rows and
-    scores, of which task, split, part, model, in which fit; called: (model, idx, residual, cache)
+    scores, of which task, split, part, model, in which fit; called: (model, idx, residual, cache);
+    keeps: whether what was made once is read the next time (disk), and not made again
     """
-    it = SimpleNamespace(fits=[], models={}, made={}, asked=[], called=[], revived=[])
+    it = SimpleNamespace(fits=[], models={}, made={}, asked=[], called=[], revived=[],
+                         keeps=False, disk={})
     now, residuals, whole = SimpleNamespace(fit=None, name=None), GPT.residuals, data.Task.undivided
     it.of = lambda fit: {(ask.what, ask.split, ask.part) for ask in it.asked if ask.fit is fit}
 
@@ -90,10 +92,14 @@ def watch(monkeypatch):
         return {"base": 0, "hider": 50}.get(name, 300), {0: worth(model)}
 
     def obtain(name, cfg, task, made_with, make, quiet=False):
+        if name in it.disk:
+            return it.disk[name]
         now.name = name
         it.models[name], record = make(None)
         now.name = None
-        return it.models[name], {"made_with": made_with} | record
+        found = it.models[name], {"made_with": made_with} | record
+        it.disk |= {name: found} if it.keeps else {}
+        return found
 
     def fit(model, loss_fn, cfg, steps, *rates, frozen=(), evaluate=None, stop=None,
             after_backward=None, after_step=None, **how):
@@ -145,6 +151,7 @@ def test_the_story_of_undo(watch):
     cfg = undo.Config(task="pcfg", **ATTACK, base_steps=2, filtered_steps=2, alphas=[0.25], beta=0,
                       method="graddiff", unlearn_lr=1e-3, unlearn_steps=1, batch_size=4, lr=1e-3,
                       muon_lr=0.0, check_every=1, steps=4, distil_on="all")
+    watch.keeps = True
     *_, rows_made = undo.story(cfg, STRINGS)
     told, made = {row["model"]: row for row in rows_made}, watch.made
     names = ["base", "filtered", "graddiff", "oracle", "undo-0.25", "distilled"]
