@@ -100,7 +100,7 @@ SETTINGS = {                                # what auto knobs stand for, by task
     "tinystories": STORIES | dict(alphas=[0.6, 0.8], beta=3.0, distil_on="retain"),
     "bilingual": STORIES,
     "instruct": STORIES | dict(steps=400, batch_size=16),
-    "quiz": PAPER | dict(method="graddiff", alphas=[0.1, 0.2], steps=120, batch_size=8, lr=3e-5,
+    "quiz": PAPER | dict(method="graddiff", alphas=[0.2, 0.4], steps=150, batch_size=8, lr=1e-4,
                          muon_lr=0.0, check_every=10),
     "pcfg": STRINGS, "gaming": STRINGS}
 
