@@ -100,7 +100,7 @@ SETTINGS = {                                # what auto knobs stand for, by task
     "tinystories": STORIES | dict(alphas=[0.6, 0.8], beta=3.0, distil_on="retain"),
     "bilingual": STORIES,
     "instruct": STORIES | dict(steps=400, batch_size=16),
-    "quiz": PAPER | dict(method="graddiff", alphas=[0.2, 0.4], steps=150, batch_size=8, lr=1e-4,
+    "quiz": PAPER | dict(method="graddiff", alphas=[0.2, 0.4], steps=120, batch_size=8, lr=5e-5,
                          muon_lr=0.0, check_every=10),
     "pcfg": STRINGS, "gaming": STRINGS}
 
@@ -394,12 +394,16 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
 def draw_costs(ax, of, names):
     """Draws what remains of a pretrained model's facts after the attack, against what unlearning
     cost: there is no filtered model to compare with."""
+    last = max(of(name, lambda r: r["tokens"]) for name in names)
     for name in names:
         x, y = of(name, lambda r: r["tokens"]), of(name, lambda r: [*r["relearned"].values()][-1])
+        left = x > 0.7 * last                         # of the point, where there is room for names
         ax.plot(x, y, "o", markersize=9)
-        ax.annotate(name, (x, y), textcoords="offset points", xytext=(8, 6))
+        ax.annotate(name, (x, y), textcoords="offset points", xytext=(-8 if left else 8, 6),
+                    ha="right" if left else "left")
     ax.axhline(of("base", lambda r: r["forget"]), color="grey", linestyle=":", label="base")
     ax.set(xlabel="compute (tokens of pretraining that cost as much)", ylim=(0, 1.02),
+           xlim=(0, 1.05 * last),
            ylabel="forget accuracy after the attack", title="What is back, against compute")
     ax.legend(fontsize=9)
 
