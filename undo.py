@@ -253,22 +253,22 @@ def make_teacher(cfg, task, base, base_record, folder=""):
 
 def made(cfg, task):
     """Yields (name, (model, record)) of all models, from disk or made: those first that tell most.
-    None is held for later, for a pretrained one fills the memory: what is needed again is read."""
-    def base():
-        return foundation("base", cfg, task)
+    """
+    def of(name):                # from disk each time: a pretrained model fills the memory
+        return foundation(name, cfg, task)
 
     def teacher():
-        return make_teacher(cfg, task, *base())
+        return make_teacher(cfg, task, *of("base"))
 
-    yield "base", base()
+    yield "base", of("base")
     yield cfg.method, teacher()
     if not task.pretrained:
-        yield "filtered", foundation("filtered", cfg, task)
+        yield "filtered", of("filtered")
     for alpha in cfg.alphas:
         yield f"undo-{alpha:g}", undo(alpha, cfg, task, *teacher())
     if not task.pretrained:                      # these would have to be trained from nothing
         oracle = config_from(cfg, unlearn.Config, AfterBase, method="oracle")
-        yield "oracle", unlearn.unlearn(oracle, task, *base(), *foundation("filtered", cfg, task))
+        yield "oracle", unlearn.unlearn(oracle, task, *of("base"), *of("filtered"))
         yield "distilled", undo(None, cfg, task, *teacher())
 
 

@@ -335,7 +335,7 @@ def test_every_task_suits_every_script(name):
     """No knob is left on auto that a script needs, and the values pass the knobs' own checks."""
     size = "n_layer", "n_head", "n_embd"
     rates = "steps", "batch_size", "lr"
-    pretrained = hasattr(data.module(name), "base")            # its model and tokenizer are given
+    pretrained = data.starts_pretrained(name)                  # its model and tokenizer are given
     needed = [(judges.ATTACK, judges.Attack, {"lrs", "attack_steps", "attack_rows"}),
               (undo.SETTINGS, undo.Config, {"method", "alphas", *rates, "muon_lr", "check_every"}),
               (judges.TOOLS, judges.Config, {"probe_rows", "cut", "revive_lr", "revive_steps",

@@ -64,10 +64,10 @@ def watch(monkeypatch):
     of what it makes (of), its loss, the others that this called, the rows learned from; made: the
     last by name; models: all that were obtained; revived: (model, goal); asked: what rows and
     scores, of which task, split, part, model, in which fit; called: (model, idx, residual, cache);
-    keeps: whether what was made once is read the next time (disk), and not made again
+    disk: {} where a model that was made is read the next time, None where it is made again
     """
     it = SimpleNamespace(fits=[], models={}, made={}, asked=[], called=[], revived=[],
-                         keeps=False, disk={})
+                         disk=None)
     now, residuals, whole = SimpleNamespace(fit=None, name=None), GPT.residuals, data.Task.undivided
     it.of = lambda fit: {(ask.what, ask.split, ask.part) for ask in it.asked if ask.fit is fit}
 
@@ -92,13 +92,14 @@ def watch(monkeypatch):
         return {"base": 0, "hider": 50}.get(name, 300), {0: worth(model)}
 
     def obtain(name, cfg, task, made_with, make, quiet=False):
-        if name in it.disk:
+        if it.disk and name in it.disk:
             return it.disk[name]
         now.name = name
         it.models[name], record = make(None)
         now.name = None
         found = it.models[name], {"made_with": made_with} | record
-        it.disk |= {name: found} if it.keeps else {}
+        if it.disk is not None:
+            it.disk[name] = found
         return found
 
     def fit(model, loss_fn, cfg, steps, *rates, frozen=(), evaluate=None, stop=None,
@@ -151,7 +152,7 @@ def test_the_story_of_undo(watch):
     cfg = undo.Config(task="pcfg", **ATTACK, base_steps=2, filtered_steps=2, alphas=[0.25], beta=0,
                       method="graddiff", unlearn_lr=1e-3, unlearn_steps=1, batch_size=4, lr=1e-3,
                       muon_lr=0.0, check_every=1, steps=4, distil_on="all")
-    watch.keeps = True
+    watch.disk = {}
     *_, rows_made = undo.story(cfg, STRINGS)
     told, made = {row["model"]: row for row in rows_made}, watch.made
     names = ["base", "filtered", "graddiff", "oracle", "undo-0.25", "distilled"]
