@@ -2,11 +2,13 @@
 
     python -m experiments.frontier                          arithmetic, every arm, one seed
     python -m experiments.frontier --arms=undo,classifier-skip --label_shares=0.01,0.001
+    python -m experiments.frontier --arms=noise-retrain --alpha=0.65 --steps=200
     python -m experiments.frontier --task=language --seeds=3
 
 An arm is a way to forget. There are those of unlearn.py, variants of UNDO, and what critics
 proposed instead: distil base and leave out what a small classifier flags, push forget rows away
-while pretraining, or distil the filtered model. Some are given few labels, the same few each.
+while pretraining, or distil the filtered model. Some are given few labels, the same few each. And
+there is UNDO without its teacher (noise-retrain): damage base, and train it on retain rows alone.
 
 Robustness is 0 for UNDO's teacher and 1 for filtered. A method that only delays the attacker looks
 robust after 40 steps and is not after 240, so that the mean over the attack's steps is what counts.
@@ -57,8 +59,9 @@ VARIANTS = {
     "undo-0.8": dict(alphas=[0.8])}
 # What changes more than settings: students that are finished by a method that delays an attacker,
 # and students without a teacher
-BEYOND = ["undo-then-repnoise", "noise-retrain"]
-CRITICS = ["undo-labels", "classifier-skip", "classifier-uniform", "ntp", "filtered-labels"]
+BEYOND = ["undo-then-repnoise", "noise-retrain", "noise-retrain-then-repnoise"]
+CRITICS = ["undo-labels", "noise-retrain-labels", "classifier-skip", "classifier-uniform", "ntp",
+           "filtered-labels"]
 ARMS = [*unlearn.FROM_BASE, "oracle", *VARIANTS, *BEYOND, "distilled", "filter-distil", "ntp-all",
         *CRITICS]
 
@@ -68,6 +71,8 @@ class Config(undo.Config):
     arms: list[str] = knob(ARMS, "which ways to forget, beside base and filtered",
                            choices=ARMS)
     alpha: float = knob(0.6, "the noise of UNDO's variants and of students", 0, 1)
+    finish_steps: int | None = knob(None, "steps of RepNoise after a student (auto: "
+                                    "unlearn.py's)", 1)
     label_shares: list[float] = knob([0.01, 0.001, 0.0001], "share of each domain's texts that is "
                                      "labelled, for the arms " + ", ".join(CRITICS), 1e-6, 1)
     ascent: float = knob(0.3, "ntp: weight of forget rows' loss, which is driven up", 0)
@@ -196,6 +201,23 @@ def practise(model, teacher, idx, targets):
     return model(idx, targets)
 
 
+def noise_retrain(name, cfg, view, base, **labels):
+    """(model, record): base, damaged as a student of UNDO is, and trained on rows labelled retain,
+    until it is as good as base. Nobody unlearns and nobody teaches: this is shrink and perturb (Ash
+    & Adams 2020, arXiv 1910.08475) without the forget rows."""
+    model, record = base
+    record = {"flops": 0, "made_with": record["made_with"] | {"arm": name} | labels}
+    return undo.undo(cfg.alpha, dataclasses.replace(cfg, distil_on="retain"), view, model, record,
+                     f"{name}-", learn=practise)
+
+
+def then_repnoise(name, cfg, task, student):
+    """(model, record) of a student that RepNoise finishes: it delays what noise has not removed."""
+    finish = config_from(cfg, unlearn.Config, AfterBase, method="repnoise", steps=cfg.finish_steps)
+    model, record = unlearn.unlearn(finish, task, *student, folder=f"{name}-")
+    return model, record | {"flops": record["flops"] + student[1]["flops"]}
+
+
 def make_arm(name, cfg, task, base, filtered):
     """Yields (row's name, (model, record)) of an arm: one, or one for each share of labels."""
     if name in unlearn.NAMES:
@@ -208,14 +230,11 @@ def make_arm(name, cfg, task, base, filtered):
                               "" if name == "undo" else f"{name}-")
     elif name == "undo-then-repnoise":
         student = undo.undo(cfg.alpha, cfg, task, *undo.make_teacher(cfg, task, *base))
-        finish = config_from(cfg, unlearn.Config, AfterBase, method="repnoise")
-        model, record = unlearn.unlearn(finish, task, *student, folder=f"{name}-")
-        yield name, (model, record | {"flops": record["flops"] + student[1]["flops"]})
+        yield name, then_repnoise(name, cfg, task, student)
     elif name == "noise-retrain":
-        model, record = base
-        record = {"flops": 0, "made_with": record["made_with"] | {"arm": name}}
-        yield name, undo.undo(cfg.alpha, dataclasses.replace(cfg, distil_on="retain"), task, model,
-                              record, f"{name}-", learn=practise)
+        yield name, noise_retrain(name, cfg, task, base)
+    elif name == "noise-retrain-then-repnoise":
+        yield name, then_repnoise(name, cfg, task, noise_retrain("noise-retrain", cfg, task, base))
     elif name == "distilled":
         yield name, undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
     elif name == "filter-distil":
@@ -230,6 +249,8 @@ def make_arm(name, cfg, task, base, filtered):
             record = record | {"made_with": record["made_with"] | {"arm": called, "texts": texts}}
             teacher = undo.make_teacher(cfg, labelled_only(view), model, record, f"{called}-")
             yield called, undo.undo(cfg.alpha, mixed, view, *teacher, f"{called}-")
+        elif name == "noise-retrain-labels":
+            yield called, noise_retrain(called, cfg, view, base, texts=texts)
         elif name.startswith("classifier"):
             yield called, classify_and_distil(called, view, texts, mixed, *base)
         else:                               # most forget rows stay: it sees as many rows as base

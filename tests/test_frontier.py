@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_unlearn import FORGET, RETAIN, Judged, T, V, lively, rows, same, weights
 
 import train
+import undo
 from data import arithmetic
 from data.tokenizer import END
 from engine.hardware import counting_flops
@@ -116,6 +117,30 @@ def test_imitation_without_what_is_flagged(uniform, n):
     assert loss.item() == pytest.approx(total / (3 * n), rel=1e-4)
     loss.backward()
     assert all(p.grad is None for p in base.parameters())
+
+
+def test_noise_and_retraining(monkeypatch, tmp_path, float32):
+    """The student starts from (1 - alpha) theta and learns CE on rows labelled retain, nothing
+    else; base stays as it is, and only the student's own work is counted."""
+    seen, base = {}, lively()
+    monkeypatch.setattr(undo, "fit", lambda model, loss_fn, *_, **__: (
+        seen.update(start=weights(model), loss=loss_fn(model, 0), model=model),
+        {"flops": 5, "steps": 1, "history": [{"retain": 1.0}]})[1])
+    monkeypatch.setattr(undo, "obtain", lambda name, cfg, task, made_with, make: (
+        seen.update(made_with=made_with), make(None))[1])
+    task = SimpleNamespace(device="cpu", block_size=T, score=lambda *_: {"retain": 1.0},
+                           within=lambda *_: True,
+                           batch=lambda split, *_: {"retain": RETAIN}[split])
+    cfg = dataclasses.replace(undo.resolved(CFG), out=str(tmp_path), alpha=0.25, beta=0.0)
+    before = weights(base)
+    _, record = frontier.noise_retrain("arm", cfg, task, (base, {"made_with": {}, "flops": 7}),
+                                       texts=3)
+    assert record["flops"] == 5 and seen["made_with"]["distil_on"] == "retain"
+    for name, was in before.items():
+        torch.testing.assert_close(base.state_dict()[name], was, rtol=0, atol=0)
+        torch.testing.assert_close(seen["start"][name], 0.75 * was)
+    wanted = F.cross_entropy(seen["model"](RETAIN[0]).flatten(0, 1), RETAIN[1].flatten())
+    torch.testing.assert_close(seen["loss"], wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ascent", [0.0, 0.5])

@@ -640,18 +640,24 @@ FEW = [*ATTACK, "--unlearn_steps=2", "--steps=2", "--batch_size=8", "--check_eve
 
 def test_frontier(home):
     """A row for every arm, or for every share of labels; the rows as those of undo.py."""
-    arms = "finetune,undo-units,filter-distil,ntp-all,undo-labels,classifier-skip,filtered-labels"
-    status, out, err = home.call("frontier", *FEW, f"--arms={arms}", "--label_shares=0.1,0.01")
+    arms = ("finetune,undo-units,noise-retrain,noise-retrain-then-repnoise,filter-distil,ntp-all,"
+            "undo-labels,noise-retrain-labels,classifier-skip,filtered-labels")
+    status, out, err = home.call("frontier", *FEW, f"--arms={arms}", "--label_shares=0.1,0.01",
+                                 "--finish_steps=1")
     assert status == 0, err
     saved = home.rows("frontier")
-    names = ["base", "filtered", "maxent", "finetune", "undo-units", "filter-distil", "ntp-all"] + [
-        f"{name}-{share}%" for name in ("undo-labels", "classifier-skip", "filtered-labels")
-        for share in (10, 1)]
+    names = ["base", "filtered", "maxent", "finetune", "undo-units", "noise-retrain",
+             "noise-retrain-then-repnoise", "filter-distil", "ntp-all"] + [
+        f"{name}-{share}%" for name in ("undo-labels", "noise-retrain-labels", "classifier-skip",
+                                        "filtered-labels") for share in (10, 1)]
     assert [row["model"] for row in saved["rows"]] == names and finite(saved)
     cost = {row["model"]: row["flops"] for row in saved["rows"]}
     assert cost["undo-units"] > cost["maxent"] and cost["filter-distil"] > cost["filtered"]
     assert cost["ntp-all"] > cost["filtered"] and cost["filtered-labels-1%"] == pytest.approx(
         cost["filtered"] * 4 / 3)                               # base's steps: most rows stay
+    # without a teacher, the same steps cost less
+    assert 0 < cost["noise-retrain"] < cost["undo-units"] - cost["maxent"]
+    assert cost["noise-retrain-then-repnoise"] > cost["noise-retrain"]
     assert all(name in out for name in names)
 
 
