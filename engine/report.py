@@ -129,8 +129,8 @@ def write_rows(script, cfg, task, rows, quiet=False):
 
 
 # Knobs in which runs of one table may differ: they choose rows, or do not shape them
-APART = {"seed", "seeds", "methods", "arms", "label_fractions", "with_posthoc", "join", "out",
-         "data_dir", "source", "source2", "device", "compile", "save_every", "resume", "remake"}
+APART = {"seed", "seeds", "methods", "label_fractions", "with_posthoc", "join", "out", "data_dir",
+         "source", "source2", "device", "compile", "save_every", "resume", "remake"}
 
 
 def joined(cfg, task):

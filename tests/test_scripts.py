@@ -659,6 +659,11 @@ def test_frontier(home):
     assert 0 < cost["noise-retrain"] < cost["undo-units"] - cost["maxent"]
     assert cost["noise-retrain-then-repnoise"] > cost["noise-retrain"]
     assert all(name in out for name in names)
+    # a table whose seeds have different arms is refused
+    file = home.path / "frontier_rows.json"
+    file.write_text(json.dumps(saved))
+    status, _, err = home.call("frontier", *FEW, "--arms=finetune", "--seeds=2", f"--join={file}")
+    assert status == 2 and "was made with arms=" in err
 
 
 def test_attacks(home):
