@@ -129,14 +129,16 @@ def write_rows(script, cfg, task, rows, quiet=False):
 
 
 # Knobs in which runs of one table may differ: they choose rows, or do not shape them
-APART = {"seed", "seeds", "methods", "label_fractions", "with_posthoc", "join", "out", "data_dir",
-         "source", "source2", "device", "compile", "save_every", "resume", "remake"}
+APART = {"seed", "seeds", "methods", "arms", "label_shares", "label_fractions", "with_posthoc",
+         "join", "out", "data_dir", "source", "source2", "device", "compile", "save_every",
+         "resume", "remake"}
 
 
-def joined(cfg, task):
+def joined(cfg, task, complete=True):
     """Rows that runs of the same script with the same knobs wrote for other seeds, methods or label
     fractions: those of the files cfg.join. Raises BadInput for a file that has no rows, was made
-    with other knobs, is of a run that was stopped, or has a row that an earlier file has."""
+    with other knobs, or has a row that an earlier file has, and if rows must be complete, for one
+    of a run that was stopped."""
     def which(row):
         return [row.get(k) for k in ("seed", "model", "method", "label_fraction")]
 
@@ -167,7 +169,7 @@ def joined(cfg, task):
     for row in rows:
         made.setdefault(row["seed"], set()).add(str(which(row)[1:]))
     for seed in made:
-        if made[seed] != max(made.values(), key=len):
+        if complete and made[seed] != max(made.values(), key=len):
             raise BadInput(f"--join: seed {seed} has fewer rows than others; was its run stopped?")
     return rows
 

@@ -4,6 +4,7 @@
     python -m experiments.frontier --arms=undo,classifier-skip --label_shares=0.01,0.001
     python -m experiments.frontier --arms=noise-retrain --alpha=0.65 --steps=200
     python -m experiments.frontier --task=language --seeds=3
+    python -m experiments.frontier --join=rows.json --seeds=2      the arms that rows.json lacks
 
 An arm is a way to forget. There are those of unlearn.py, variants of UNDO, and what critics
 proposed instead: distil base and leave out what a small classifier flags, push forget rows away
@@ -218,70 +219,84 @@ def then_repnoise(name, cfg, task, student):
     return model, record | {"flops": record["flops"] + student[1]["flops"]}
 
 
-def make_arm(name, cfg, task, base, filtered):
-    """Yields (row's name, (model, record)) of an arm: one, or one for each share of labels."""
-    if name in unlearn.NAMES:
-        yield name, unlearn.unlearn(config_from(cfg, unlearn.Config, AfterBase, method=name), task,
-                                    *base, *filtered)
-    elif name in VARIANTS:
-        how = variant(name, cfg)
+def row_names(cfg):
+    """{row's name: (arm, share of labels, or None)}: an arm has one row, or one for each share."""
+    return {arm if share is None else f"{arm}-{100 * share:g}%": (arm, share) for arm in cfg.arms
+            for share in (cfg.label_shares if arm in CRITICS else [None])}
+
+
+def make_arm(name, arm, share, cfg, task, base, filtered):
+    """(model, record) of a row: see row_names."""
+    if arm in unlearn.NAMES:
+        return unlearn.unlearn(config_from(cfg, unlearn.Config, AfterBase, method=arm), task, *base,
+                               *filtered)
+    if arm in VARIANTS:
+        how = variant(arm, cfg)
         teacher = undo.make_teacher(how, task, *base)
-        yield name, undo.undo(how.alphas[0], how, task, *teacher,
-                              "" if name == "undo" else f"{name}-")
-    elif name == "undo-then-repnoise":
+        return undo.undo(how.alphas[0], how, task, *teacher, "" if arm == "undo" else f"{arm}-")
+    if arm == "undo-then-repnoise":
         student = undo.undo(cfg.alpha, cfg, task, *undo.make_teacher(cfg, task, *base))
-        yield name, then_repnoise(name, cfg, task, student)
-    elif name == "noise-retrain":
-        yield name, noise_retrain(name, cfg, task, base)
-    elif name == "noise-retrain-then-repnoise":
-        yield name, then_repnoise(name, cfg, task, noise_retrain("noise-retrain", cfg, task, base))
-    elif name == "distilled":
-        yield name, undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
-    elif name == "filter-distil":
-        yield name, undo.undo(None, cfg, task, *filtered, f"{name}-")
-    elif name == "ntp-all":
-        yield name, pretrain_away(name, task, cfg, task, cfg.ascent, cfg.filtered_steps)
+        return then_repnoise(arm, cfg, task, student)
+    if arm == "noise-retrain":
+        return noise_retrain(arm, cfg, task, base)
+    if arm == "noise-retrain-then-repnoise":
+        return then_repnoise(arm, cfg, task, noise_retrain("noise-retrain", cfg, task, base))
+    if arm == "distilled":
+        return undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
+    if arm == "filter-distil":
+        return undo.undo(None, cfg, task, *filtered, f"{arm}-")
+    if arm == "ntp-all":
+        return pretrain_away(arm, task, cfg, task, cfg.ascent, cfg.filtered_steps)
+    view, texts = few_labels(task, share)
     mixed = dataclasses.replace(cfg, distil_on="all")        # few labels do not make a retain split
-    for share in cfg.label_shares if name in CRITICS else ():
-        (view, texts), called = few_labels(task, share), f"{name}-{100 * share:g}%"
-        if name == "undo-labels":
-            model, record = base
-            record = record | {"made_with": record["made_with"] | {"arm": called, "texts": texts}}
-            teacher = undo.make_teacher(cfg, labelled_only(view), model, record, f"{called}-")
-            yield called, undo.undo(cfg.alpha, mixed, view, *teacher, f"{called}-")
-        elif name == "noise-retrain-labels":
-            yield called, noise_retrain(called, cfg, view, base, texts=texts)
-        elif name.startswith("classifier"):
-            yield called, classify_and_distil(called, view, texts, mixed, *base)
-        else:                               # most forget rows stay: it sees as many rows as base
-            yield called, pretrain_away(called, view, cfg, task, cfg.ascent * (name == "ntp"),
-                                        cfg.base_steps, texts)
+    if arm == "undo-labels":
+        model, record = base
+        record = record | {"made_with": record["made_with"] | {"arm": name, "texts": texts}}
+        teacher = undo.make_teacher(cfg, labelled_only(view), model, record, f"{name}-")
+        return undo.undo(cfg.alpha, mixed, view, *teacher, f"{name}-")
+    if arm == "noise-retrain-labels":
+        return noise_retrain(name, cfg, view, base, texts=texts)
+    if arm.startswith("classifier"):
+        return classify_and_distil(name, view, texts, mixed, *base)
+    # most forget rows stay: it sees as many rows as base
+    return pretrain_away(name, view, cfg, task, cfg.ascent * (arm == "ntp"), cfg.base_steps, texts)
 
 
-def story(cfg, task):
-    """The rows of one seed so far, after each arm: its scores, attack, robustness and compute."""
+def story(cfg, task, there=()):
+    """The rows of one seed so far, after each arm: its scores, attack, robustness and compute.
+
+    there    rows that earlier runs made of it, which are kept
+    """
+    there = {row["model"]: row for row in there}
+    to_make = {name: how for name, how in row_names(cfg).items() if name not in there}
+    if there and not to_make:
+        return
     base, filtered = foundations(cfg, task)
     first = {"base": base, "filtered": filtered, cfg.method: undo.make_teacher(cfg, task, *base)}
 
     def every():
         yield from first.items()
-        for name in cfg.arms:
-            same = VARIANTS.get(name, {}).get("method") == cfg.method       # it would be undo again
+        for name, (arm, share) in to_make.items():
+            same = VARIANTS.get(arm, {}).get("method") == cfg.method        # it would be undo again
             if name not in first and not same:
                 try:
-                    yield from make_arm(name, cfg, task, base, filtered)
+                    yield name, make_arm(name, arm, share, cfg, task, base, filtered)
                 except BadInput as error:
                     print(f"note: {name} is left out: {error}")
 
-    rows, records = [], {}
+    rows, records = {}, {}
     for name, (model, record) in every():
-        with autocast(cfg):
-            before = task.score(model, finer=True)
-        rows.append({"model": name, "seed": cfg.seed} | before
-                    | attacked(relearn(model, task, cfg, name)) | {
-                        "flops": 0 if name == "base" else record["flops"]})
+        if name in there:
+            rows[name] = there.pop(name)
+        else:
+            with autocast(cfg):
+                before = task.score(model, finer=True)
+            rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(
+                relearn(model, task, cfg, name)) | {
+                    "flops": 0 if name == "base" else record["flops"]}
         records[name] = record
-        yield undo.compared(rows, records, cfg, task)
+        if len(rows) >= len(first):                          # compared() needs its references
+            yield undo.compared([*rows.values()], records, cfg, task) + [*there.values()]
 
 
 # --- table and picture ---------------------------------------------------------------------------
@@ -337,13 +352,17 @@ def main(cfg):
         print(f"note: {', '.join(CRITICS)} are left out: {task.name} has no texts to label")
         cfg = dataclasses.replace(cfg, arms=[arm for arm in cfg.arms if arm not in CRITICS])
     cfg = undo.resolved(cfg)
-    rows = joined(cfg, task)
-    for each in seeds(cfg, rows):
-        for new in story(each, task):
-            if rows or len(new) > 2:
-                write_rows("frontier", cfg, task, rows + new, quiet=bool(rows) or len(new) > 3)
-        rows += new
-    write_rows("frontier", cfg, task, rows, quiet=True)
+    rows = joined(cfg, task, complete=False)
+    if extra := {r["model"] for r in rows} - {"base", "filtered", cfg.method} - set(row_names(cfg)):
+        raise BadInput(f"--join has rows of {', '.join(sorted(extra))}, which --arms leaves out: "
+                       f"other seeds would not have them")
+    for each in seeds(cfg):
+        others, mine = ([row for row in rows if (row["seed"] == each.seed) == own]
+                        for own in (False, True))
+        for new in story(each, task, mine):
+            rows = others + new
+            write_rows("frontier", cfg, task, rows, quiet=True)
+    write_rows("frontier", cfg, task, rows)
     picture("frontier", cfg, draw, rows, task, cfg, panels=2)
     print_table(rows, cfg)
     say_edges(rows, cfg)
