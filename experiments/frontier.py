@@ -161,12 +161,16 @@ def imitate_unflagged(uniform, w, b):
     return learn
 
 
+def for_arm(record, name, flops=0, **more):
+    """base's record as an arm's students have it: what they are made with tells them apart."""
+    return record | {"flops": flops, "made_with": record["made_with"] | {"arm": name} | more}
+
+
 def classify_and_distil(name, view, texts, cfg, base, record):
     """(model, record): base, damaged and distilled from base itself, but for what is flagged. The
     labels serve the classifier alone."""
     w, b, flops = classifier(base, view, cfg)
-    record = {"flops": flops, "made_with": record["made_with"] | {
-        "arm": name, "texts": texts, "classifier": [ROWS, DECAY]}}
+    record = for_arm(record, name, flops, texts=texts, classifier=[ROWS, DECAY])
     return undo.undo(cfg.alpha, cfg, view, base, record, f"{name}-",
                      learn=imitate_unflagged(name.startswith("classifier-uniform"), w, b))
 
@@ -202,14 +206,12 @@ def practise(model, teacher, idx, targets):
     return model(idx, targets)
 
 
-def noise_retrain(name, cfg, view, base, **labels):
+def noise_retrain(name, cfg, view, base, record, **labels):
     """(model, record): base, damaged as a student of UNDO is, and trained on rows labelled retain,
     until it is as good as base. Nobody unlearns and nobody teaches: this is shrink and perturb (Ash
     & Adams 2020, arXiv 1910.08475) without the forget rows."""
-    model, record = base
-    record = {"flops": 0, "made_with": record["made_with"] | {"arm": name} | labels}
-    return undo.undo(cfg.alpha, dataclasses.replace(cfg, distil_on="retain"), view, model, record,
-                     f"{name}-", learn=practise)
+    return undo.undo(cfg.alpha, dataclasses.replace(cfg, distil_on="retain"), view, base,
+                     for_arm(record, name, **labels), f"{name}-", learn=practise)
 
 
 def then_repnoise(name, cfg, task, student):
@@ -238,9 +240,9 @@ def make_arm(name, arm, share, cfg, task, base, filtered):
         student = undo.undo(cfg.alpha, cfg, task, *undo.make_teacher(cfg, task, *base))
         return then_repnoise(arm, cfg, task, student)
     if arm == "noise-retrain":
-        return noise_retrain(arm, cfg, task, base)
+        return noise_retrain(arm, cfg, task, *base)
     if arm == "noise-retrain-then-repnoise":
-        return then_repnoise(arm, cfg, task, noise_retrain("noise-retrain", cfg, task, base))
+        return then_repnoise(arm, cfg, task, noise_retrain("noise-retrain", cfg, task, *base))
     if arm == "distilled":
         return undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
     if arm == "filter-distil":
@@ -251,11 +253,11 @@ def make_arm(name, arm, share, cfg, task, base, filtered):
     mixed = dataclasses.replace(cfg, distil_on="all")        # few labels do not make a retain split
     if arm == "undo-labels":
         model, record = base
-        record = record | {"made_with": record["made_with"] | {"arm": name, "texts": texts}}
-        teacher = undo.make_teacher(cfg, labelled_only(view), model, record, f"{name}-")
+        teacher = undo.make_teacher(cfg, labelled_only(view), model,
+                                    for_arm(record, name, texts=texts), f"{name}-")
         return undo.undo(cfg.alpha, mixed, view, *teacher, f"{name}-")
     if arm == "noise-retrain-labels":
-        return noise_retrain(name, cfg, view, base, texts=texts)
+        return noise_retrain(name, cfg, view, *base, texts=texts)
     if arm.startswith("classifier"):
         return classify_and_distil(name, view, texts, mixed, *base)
     # most forget rows stay: it sees as many rows as base

@@ -133,7 +133,7 @@ def test_noise_and_retraining(monkeypatch, tmp_path, float32):
                            batch=lambda split, *_: {"retain": RETAIN}[split])
     cfg = dataclasses.replace(undo.resolved(CFG), out=str(tmp_path), alpha=0.25, beta=0.0)
     before = weights(base)
-    _, record = frontier.noise_retrain("arm", cfg, task, (base, {"made_with": {}, "flops": 7}),
+    _, record = frontier.noise_retrain("arm", cfg, task, base, {"made_with": {}, "flops": 7},
                                        texts=3)
     assert record["flops"] == 5 and seen["made_with"]["distil_on"] == "retain"
     for name, was in before.items():
