@@ -57,10 +57,11 @@ VARIANTS = {
     "undo-blocks": dict(noise="blocks"), "undo-units": dict(noise="units"),
     "undo-saliency": dict(noise="saliency"), "undo-rounds": dict(alphas=[0.3], rounds=2),
     "undo-retain": dict(distil_on="retain"), "undo-0.3": dict(alphas=[0.3]),
-    "undo-0.8": dict(alphas=[0.8])}
+    "undo-0.8": dict(alphas=[0.8]), "undo-hot": {}}
 # What changes more than settings: students that are finished by a method that delays an attacker,
-# and students without a teacher
-BEYOND = ["undo-then-repnoise", "noise-retrain", "noise-retrain-then-repnoise"]
+# and students without a teacher. -hot: see hot()
+BEYOND = ["undo-then-repnoise", "noise-retrain", "noise-retrain-then-repnoise", "noise-retrain-hot",
+          "noise-retrain-hot-then-repnoise"]
 CRITICS = ["undo-labels", "noise-retrain-labels", "classifier-skip", "classifier-uniform", "ntp",
            "filtered-labels"]
 ARMS = [*unlearn.FROM_BASE, "oracle", *VARIANTS, *BEYOND, "distilled", "filter-distil", "ntp-all",
@@ -72,6 +73,8 @@ class Config(undo.Config):
     arms: list[str] = knob(ARMS, "which ways to forget, beside base and filtered",
                            choices=ARMS)
     alpha: float = knob(0.6, "the noise of UNDO's variants and of students", 0, 1)
+    hot_alpha: float = knob(0.5, "arms named -hot: the noise", 0, 1)
+    heat: float = knob(2.0, "arms named -hot: factor on a student's rates", 0)
     finish_steps: int | None = knob(None, "steps of RepNoise after a student (auto: "
                                     "unlearn.py's)", 1)
     label_shares: list[float] = knob([0.01, 0.001, 0.0001], "share of each domain's texts that is "
@@ -201,6 +204,13 @@ def variant(name, cfg):
     return undo.resolved(dataclasses.replace(cfg, **differs))
 
 
+def hot(cfg):
+    """cfg with less noise and higher rates for students. High rates damage what is not trained, as
+    noise does, while what is trained is learned again at every step: there is no cliff."""
+    return dataclasses.replace(cfg, alpha=cfg.hot_alpha, lr=cfg.heat * cfg.lr,
+                               muon_lr=cfg.heat * cfg.muon_lr)
+
+
 def practise(model, teacher, idx, targets):
     """Plain training, in place of undo.like: what a student without a teacher does."""
     return model(idx, targets)
@@ -229,6 +239,8 @@ def row_names(cfg):
 
 def make_arm(name, arm, share, cfg, task, base, filtered):
     """(model, record) of a row: see row_names."""
+    if "hot" in arm.split("-"):
+        cfg = hot(cfg)
     if arm in unlearn.NAMES:
         return unlearn.unlearn(config_from(cfg, unlearn.Config, AfterBase, method=arm), task, *base,
                                *filtered)
@@ -239,10 +251,9 @@ def make_arm(name, arm, share, cfg, task, base, filtered):
     if arm == "undo-then-repnoise":
         student = undo.undo(cfg.alpha, cfg, task, *undo.make_teacher(cfg, task, *base))
         return then_repnoise(arm, cfg, task, student)
-    if arm == "noise-retrain":
-        return noise_retrain(arm, cfg, task, *base)
-    if arm == "noise-retrain-then-repnoise":
-        return then_repnoise(arm, cfg, task, noise_retrain("noise-retrain", cfg, task, *base))
+    if arm in BEYOND:
+        student = noise_retrain(arm.removesuffix("-then-repnoise"), cfg, task, *base)
+        return then_repnoise(arm, cfg, task, student) if arm.endswith("repnoise") else student
     if arm == "distilled":
         return undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
     if arm == "filter-distil":

@@ -143,6 +143,23 @@ def test_noise_and_retraining(monkeypatch, tmp_path, float32):
     torch.testing.assert_close(seen["loss"], wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_hot_arms_and_finishes(monkeypatch):
+    """-hot: less noise and twice the rates, of the student alone; -then-repnoise: finished by it."""
+    seen = []
+    monkeypatch.setattr(frontier, "noise_retrain", lambda name, cfg, *_: seen.append(
+        (name, cfg.alpha, cfg.lr, cfg.muon_lr, cfg.unlearn_lr)) or ("student", {}))
+    monkeypatch.setattr(frontier, "then_repnoise", lambda name, cfg, task, student: (name, student))
+    cfg = undo.resolved(CFG)
+    made = {arm: frontier.make_arm(arm, arm, None, cfg, None, (None, {}), None) for arm in (
+        "noise-retrain", "noise-retrain-hot", "noise-retrain-hot-then-repnoise")}
+    assert made.pop("noise-retrain-hot-then-repnoise") == (
+        "noise-retrain-hot-then-repnoise", ("student", {}))
+    assert all(student == ("student", {}) for student in made.values())
+    heated = ("noise-retrain-hot", 0.5, 2 * cfg.lr, 2 * cfg.muon_lr, cfg.unlearn_lr)
+    assert seen == [("noise-retrain", cfg.alpha, cfg.lr, cfg.muon_lr, cfg.unlearn_lr), heated,
+                    heated]
+
+
 @pytest.mark.parametrize("ascent", [0.0, 0.5])
 def test_pretraining_away(ascent, monkeypatch, tmp_path, float32):
     """CE(r) - ascent CE(f), until CE(f) is above the cap: then f has no gradient."""

@@ -648,8 +648,8 @@ def test_frontier(home):
     for row in earlier["rows"]:
         row["kept"] = row["robustness_mean"]
     file.write_text(json.dumps(earlier))
-    arms = ("finetune,undo-units,noise-retrain,noise-retrain-then-repnoise,filter-distil,ntp-all,"
-            "undo-labels,noise-retrain-labels,classifier-skip,filtered-labels")
+    arms = ("finetune,undo-units,noise-retrain,noise-retrain-hot-then-repnoise,filter-distil,"
+            "ntp-all,undo-labels,noise-retrain-labels,classifier-skip,filtered-labels")
     status, out, err = home.call("frontier", *FEW, f"--arms={arms}", "--label_shares=0.1,0.01",
                                  "--finish_steps=1", f"--join={file}")
     assert status == 0, err
@@ -657,7 +657,7 @@ def test_frontier(home):
     kept = [row for row in saved["rows"] if "kept" in row]
     assert len(kept) == 5 and all(row["kept"] == row["robustness_mean"] for row in kept)
     names = ["base", "filtered", "maxent", "finetune", "undo-units", "noise-retrain",
-             "noise-retrain-then-repnoise", "filter-distil", "ntp-all"] + [
+             "noise-retrain-hot-then-repnoise", "filter-distil", "ntp-all"] + [
         f"{name}-{share}%" for name in ("undo-labels", "noise-retrain-labels", "classifier-skip",
                                         "filtered-labels") for share in (10, 1)]
     assert sorted(row["model"] for row in saved["rows"]) == sorted(names) and finite(saved)
@@ -667,7 +667,7 @@ def test_frontier(home):
         cost["filtered"] * 4 / 3)                               # base's steps: most rows stay
     # without a teacher, the same steps cost less
     assert 0 < cost["noise-retrain"] < cost["undo-units"] - cost["maxent"]
-    assert cost["noise-retrain-then-repnoise"] > cost["noise-retrain"]
+    assert cost["noise-retrain-hot-then-repnoise"] > cost["noise-retrain"]
     assert all(name in out for name in names)
     # a table whose seeds have different arms is refused
     status, _, err = home.call("frontier", *FEW, "--arms=finetune", "--seeds=2", f"--join={file}",
