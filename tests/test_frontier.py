@@ -144,7 +144,7 @@ def test_noise_and_retraining(monkeypatch, tmp_path, float32):
 
 
 def test_hot_arms_and_finishes(monkeypatch):
-    """-hot: less noise and twice the rates, of the student alone; -then-repnoise: finished by it."""
+    """-hot: less noise and twice the rates, for students alone. -then-repnoise: finished by it."""
     seen = []
     monkeypatch.setattr(frontier, "noise_retrain", lambda name, cfg, *_: seen.append(
         (name, cfg.alpha, cfg.lr, cfg.muon_lr, cfg.unlearn_lr)) or ("student", {}))
