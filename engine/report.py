@@ -243,6 +243,22 @@ def draw_relearning(ax, task, curves, unseen={}):
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))        # beside the curves
 
 
+def draw_matrix(ax, names, columns, figures, ends, task):
+    """Draws forget scores as a heat map with its figures: red where the skill is there, blue where
+    it is not. figures: for each name, a score for each column; ends: the colours' lowest and
+    highest score."""
+    image = ax.imshow(figures, aspect="auto", vmin=ends[0], vmax=ends[1],
+                      cmap="RdYlBu_r" if task.higher_is_better else "RdYlBu")
+    ax.grid(False)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(names)), names, fontsize=9 if len(names) < 16 else 7)
+    for i, line in enumerate(figures):
+        for j, score in enumerate(line):
+            pale = 0.15 < image.norm(score) < 0.85
+            ax.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7,
+                    color="black" if pale else "white")
+
+
 def draw_stories(axes, stories, topic=None):
     """Writes a story in each of the axes, which stand in one row. It ends with "…" where the panel
     ends, or if the model was stopped within a sentence.

@@ -30,7 +30,7 @@ from data import Piece, arithmetic
 from engine.hardware import autocast
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
-from engine.report import draw_relearning, picture, table, write_rows
+from engine.report import draw_matrix, draw_relearning, picture, table, write_rows
 from engine.streams import seed_of, text_stream, torch_stream
 from eval import Foundations, Rows, as_long_as, fill_attack, known_ones, robustness, tune
 from train import evaluated, open_task
@@ -284,17 +284,11 @@ def draw(axes, rows, cfg, task):
     """Left: the matrix as a heat map, the forget score at each attack's first budget. Right: the
     longest attack that there is."""
     kinds, ax = list(rows[0]["first"]), axes[0]
-    figures = np.array([[row["first"][kind] for kind in kinds] for row in rows])
+    figures = [[row["first"][kind] for kind in kinds] for row in rows]
     ends = sorted(row["first"]["none"] for row in rows if row["model"] in ("base", cfg.control))
-    ax.imshow(figures, aspect="auto", vmin=ends[0], vmax=ends[-1],
-              cmap="RdYlGn_r" if task.higher_is_better else "RdYlGn")
-    ax.grid(False)
-    ax.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    ax.set_yticks(range(len(rows)), [row["model"] + (f" ({row['level']})" if row["level"] else "")
-                                     for row in rows])
-    for i, line in enumerate(figures):
-        for j, score in enumerate(line):
-            ax.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7)
+    draw_matrix(ax, [row["model"] + (f" ({row['level']})" if row["level"] else "") for row in rows],
+                kinds, figures, (ends[0], ends[-1]), task)
+    ax.tick_params(axis="x", rotation=45)
     ax.set_title(f"Forget score under attack, after {min(cfg.attack_steps)} steps of training")
     longest = max(kinds, key=lambda kind: max(map(int, rows[0]["cells"][kind])))
     draw_relearning(axes[1], task, {row["model"]: {

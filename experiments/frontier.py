@@ -33,6 +33,8 @@ from engine.hardware import autocast, counting_flops
 from engine.knobs import BadInput, knob
 from engine.process import run
 from engine.report import (
+    COLOURS,
+    draw_matrix,
     joined,
     mean,
     over_seeds,
@@ -314,34 +316,41 @@ def story(cfg, task, there=()):
 
 # --- table and picture ---------------------------------------------------------------------------
 def draw(axes, rows, task, cfg):
-    """Left: mean robustness against matched compute, grey where more than 5% of retain is lost.
-    Right: the forget score under attack, arm by arm, as a heat map."""
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    after = f"relearned{words_of(rows[0])}"
-
+    """Left: mean robustness against matched compute, and the front; grey where more than 5% of
+    retain is lost. Right: the forget score under attack, arm by arm, the most robust first."""
     def of(name, figure):
         return mean([row for row in rows if row["model"] == name], figure)
 
-    good = of("filtered", lambda r: r["retain"])
-    for name in names:
-        x, y = (of(name, lambda r, k=k: r[k]) for k in ("compute_pct_matched", "robustness_mean"))
-        if name == "base" or None in (x, y):
-            continue
-        kept = task.within(of(name, lambda r: r["retain"]), good, 0.05)
-        axes[0].plot(max(x, 1), 100 * y, "o", color="#0072B2" if kept else "#BBBBBB")
-        axes[0].annotate(name, (max(x, 1), 100 * y), textcoords="offset points", xytext=(5, 3),
-                         fontsize=6)
+    names = sorted({row["model"]: of(row["model"], lambda r: r["robustness_mean"]) for row in rows
+                    }.items(), key=lambda item: -math.inf if item[1] is None else -item[1])
+    after, good = f"relearned{words_of(rows[0])}", of("filtered", lambda r: r["retain"])
+    points = {name: (max(of(name, lambda r: r["compute_pct_matched"]), 1), 100 * robust)
+              for name, robust in names if name != "base" and robust is not None}
+    kept = [name for name in points
+            if task.within(of(name, lambda r: r["retain"]), good, 0.05)]
+    front = [name for name in kept if not any(
+        x <= points[name][0] and y > points[name][1] for x, y in map(points.get, kept))]
+    labels = []
+    for name in [*front, *(name for name in points if name not in front)]:
+        (x, y), best = points[name], name in front
+        axes[0].plot(x, y, "o", color=COLOURS[0] if name in kept else "#BBBBBB")
+        # the others' names are in the heat map: there is no room for two names at one place
+        if all(abs(math.log10(x / X)) > 0.25 or abs(y - Y) > 4 for X, Y in labels):
+            labels.append((x, y))
+            axes[0].annotate(name, (x, y), (-6 if x > 15 else 6, 5), textcoords="offset points",
+                             ha="right" if x > 15 else "left", fontsize=8 if best else 7,
+                             weight="bold" if best else None)
+    axes[0].plot(*zip(*sorted(points[name] for name in front)), color=COLOURS[0], zorder=0,
+                 alpha=0.5)
     axes[0].set(xlabel="matched compute (% of retraining without the data)", xscale="log",
                 ylabel="robustness, mean over the attack's steps (%)", ylim=(-30, 130),
                 title="Robustness against compute")
-    figures = [[of(name, lambda r, s=s: r[after][str(s)]) for s in cfg.attack_steps]
-               for name in names]
-    ends = sorted((figures[names.index("base")][-1], figures[names.index("filtered")][0]))
-    axes[1].imshow(figures, aspect="auto", vmin=ends[0], vmax=ends[1],
-                   cmap="RdYlGn_r" if task.higher_is_better else "RdYlGn")
-    axes[1].grid(False)
-    axes[1].set_xticks(range(len(cfg.attack_steps)), cfg.attack_steps)
-    axes[1].set_yticks(range(len(names)), names, fontsize=6)
+    axes[0].set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
+    axes[0].minorticks_off()
+    figures = {name: [of(name, lambda r, s=s: r[after][str(s)]) for s in cfg.attack_steps]
+               for name, _ in names}
+    draw_matrix(axes[1], list(figures), cfg.attack_steps, list(figures.values()),
+                sorted((figures["base"][-1], figures["filtered"][0])), task)
     axes[1].set(xlabel="steps of the attack", title="Forget score under attack (red: it is back)")
 
 
