@@ -528,6 +528,7 @@ def main(cfg):
     for each in given:                           # reports wrong input before anything is made
         rate(each)
         retain_shares(each, task)
+
     def every():                     # one at a time, from disk: a pretrained model fills the memory
         for name in ("base",) if task.pretrained else ("base", "filtered"):
             model, record = foundation(name, given[0], task)
