@@ -288,7 +288,8 @@ def draw(axes, rows, cfg, task):
     ends = sorted(row["first"]["none"] for row in rows if row["model"] in ("base", cfg.control))
     draw_matrix(ax, [row["model"] + (f" ({row['level']})" if row["level"] else "") for row in rows],
                 kinds, figures, (ends[0], ends[-1]), task)
-    ax.tick_params(axis="x", rotation=45)
+    for label in ax.get_xticklabels():
+        label.set(rotation=45, ha="right")
     ax.set_title(f"Forget score under attack, after {min(cfg.attack_steps)} steps of training")
     longest = max(kinds, key=lambda kind: max(map(int, rows[0]["cells"][kind])))
     draw_relearning(axes[1], task, {row["model"]: {

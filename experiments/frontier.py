@@ -208,7 +208,7 @@ def variant(name, cfg):
 
 def hot(cfg):
     """cfg with less noise and higher rates for students. High rates damage what is not trained, as
-    noise does, while what is trained is learned again at every step: there is no cliff."""
+    noise does, while what is trained is learned again at every step."""
     return dataclasses.replace(cfg, alpha=cfg.hot_alpha, lr=cfg.heat * cfg.lr,
                                muon_lr=cfg.heat * cfg.muon_lr)
 
@@ -241,6 +241,10 @@ def row_names(cfg):
 
 def make_arm(name, arm, share, cfg, task, base, filtered):
     """(model, record) of a row: see row_names."""
+    if arm.endswith("-then-repnoise"):
+        before = arm.removesuffix("-then-repnoise")
+        student = make_arm(before, before, share, cfg, task, base, filtered)
+        return then_repnoise(arm, cfg, task, student)
     if "hot" in arm.split("-"):
         cfg = hot(cfg)
     if arm in unlearn.NAMES:
@@ -250,12 +254,8 @@ def make_arm(name, arm, share, cfg, task, base, filtered):
         how = variant(arm, cfg)
         teacher = undo.make_teacher(how, task, *base)
         return undo.undo(how.alphas[0], how, task, *teacher, "" if arm == "undo" else f"{arm}-")
-    if arm == "undo-then-repnoise":
-        student = undo.undo(cfg.alpha, cfg, task, *undo.make_teacher(cfg, task, *base))
-        return then_repnoise(arm, cfg, task, student)
     if arm in BEYOND:
-        student = noise_retrain(arm.removesuffix("-then-repnoise"), cfg, task, *base)
-        return then_repnoise(arm, cfg, task, student) if arm.endswith("repnoise") else student
+        return noise_retrain(arm, cfg, task, *base)
     if arm == "distilled":
         return undo.undo(None, cfg, task, *undo.make_teacher(cfg, task, *base))
     if arm == "filter-distil":
@@ -283,7 +283,9 @@ def story(cfg, task, there=()):
     there    rows that earlier runs made of it, which are kept
     """
     there = {row["model"]: row for row in there}
-    to_make = {name: how for name, how in row_names(cfg).items() if name not in there}
+    to_make = {name: (arm, share) for name, (arm, share) in row_names(cfg).items()
+               if name not in (*there, cfg.method)
+               and VARIANTS.get(arm, {}).get("method") != cfg.method}       # it would be undo again
     if there and not to_make:
         return
     base, filtered = foundations(cfg, task)
@@ -292,14 +294,12 @@ def story(cfg, task, there=()):
     def every():
         yield from first.items()
         for name, (arm, share) in to_make.items():
-            same = VARIANTS.get(arm, {}).get("method") == cfg.method        # it would be undo again
-            if name not in first and not same:
-                try:
-                    yield name, make_arm(name, arm, share, cfg, task, base, filtered)
-                except BadInput as error:
-                    print(f"note: {name} is left out: {error}")
+            try:
+                yield name, make_arm(name, arm, share, cfg, task, base, filtered)
+            except BadInput as error:
+                print(f"note: {name} is left out: {error}")
 
-    rows, records = {}, {}
+    rows, records, order = {}, {}, [*first, *row_names(cfg)]
     for name, (model, record) in every():
         if name in there:
             rows[name] = there.pop(name)
@@ -311,7 +311,8 @@ def story(cfg, task, there=()):
                     "flops": 0 if name == "base" else record["flops"]}
         records[name] = record
         if len(rows) >= len(first):                          # compared() needs its references
-            yield undo.compared([*rows.values()], records, cfg, task) + [*there.values()]
+            yield sorted(undo.compared([*rows.values()], records, cfg, task) + [*there.values()],
+                         key=lambda row: order.index(row["model"]))
 
 
 # --- table and picture ---------------------------------------------------------------------------
@@ -321,11 +322,11 @@ def draw(axes, rows, task, cfg):
     def of(name, figure):
         return mean([row for row in rows if row["model"] == name], figure)
 
-    names = sorted({row["model"]: of(row["model"], lambda r: r["robustness_mean"]) for row in rows
-                    }.items(), key=lambda item: -math.inf if item[1] is None else -item[1])
+    robust = {row["model"]: of(row["model"], lambda r: r["robustness_mean"]) for row in rows}
+    names = sorted(robust, key=lambda name: -math.inf if robust[name] is None else -robust[name])
     after, good = f"relearned{words_of(rows[0])}", of("filtered", lambda r: r["retain"])
-    points = {name: (max(of(name, lambda r: r["compute_pct_matched"]), 1), 100 * robust)
-              for name, robust in names if name != "base" and robust is not None}
+    points = {name: (max(of(name, lambda r: r["compute_pct_matched"]), 1), 100 * robust[name])
+              for name in names if name != "base" and robust[name] is not None}
     kept = [name for name in points
             if task.within(of(name, lambda r: r["retain"]), good, 0.05)]
     front = [name for name in kept if not any(
@@ -348,7 +349,7 @@ def draw(axes, rows, task, cfg):
     axes[0].set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     axes[0].minorticks_off()
     figures = {name: [of(name, lambda r, s=s: r[after][str(s)]) for s in cfg.attack_steps]
-               for name, _ in names}
+               for name in names}
     draw_matrix(axes[1], list(figures), cfg.attack_steps, list(figures.values()),
                 sorted((figures["base"][-1], figures["filtered"][0])), task)
     axes[1].set(xlabel="steps of the attack", title="Forget score under attack (red: it is back)")
@@ -379,9 +380,8 @@ def main(cfg):
         raise BadInput(f"--join has rows of {', '.join(sorted(extra))}, which --arms leaves out: "
                        f"other seeds would not have them")
     for each in seeds(cfg):
-        others, mine = ([row for row in rows if (row["seed"] == each.seed) == own]
-                        for own in (False, True))
-        for new in story(each, task, mine):
+        others = [row for row in rows if row["seed"] != each.seed]
+        for new in story(each, task, [row for row in rows if row["seed"] == each.seed]):
             rows = others + new
             write_rows("frontier", cfg, task, rows, quiet=True)
     write_rows("frontier", cfg, task, rows)
