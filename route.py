@@ -466,8 +466,8 @@ def main(cfg):
     attack = {f"after {step}": lambda row, step=step: row[f"relearned{words_of(row)}"][str(step)]
               for step in cfg.attack_steps}
     lines = over_seeds(rows, ["method", "label_fraction"], dict(zip(columns, columns)) | attack)
-    write_rows("route-language", cfg, task, rows)
-    picture("route-language", cfg, draw_routing, rows, sorted(cfg.label_fractions),
+    write_rows("route", cfg, task, rows)
+    picture("route", cfg, draw_routing, rows, sorted(cfg.label_fractions),
             cfg.attack_steps, NO_LABELS, {row["method"] for row in rows} - {*METHODS}, panels=3)
     table([line | {"labels": "any" if line["method"] in NO_LABELS else
                    f"{line['label_fraction']:.0%}"} for line in lines

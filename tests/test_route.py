@@ -513,7 +513,7 @@ def made(tmp_path_factory):
 
 def test_language(made):
     path, out = made
-    saved = json.loads((path / "out/language/route-language.json").read_text())
+    saved = json.loads((path / "out/language/route.json").read_text())
     assert saved["config"]["label_fractions"] == [0.5] and saved["config"]["task"] == "language"
     rows = {r["method"]: r for r in saved["rows"]}
     assert list(rows) == list(route.METHODS)
@@ -534,17 +534,17 @@ def test_language(made):
             assert (views[0] == 0).all() and (views[1] != 0).any() or not views[1].numel()
     assert all(method in out for method in route.METHODS)
     if importlib.util.find_spec("matplotlib"):
-        assert (path / "out/language/route-language.png").read_bytes()[:4] == b"\x89PNG"
+        assert (path / "out/language/route.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_language_again(made, monkeypatch, capsys):
     """Its models are reused, and a changed knob is refused by name."""
     path, _ = made
     again = ("--label_fractions=0.5", "--methods=base,sgtm")
-    before = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    before = json.loads((path / "out/language/route.json").read_text())["rows"]
     status, out, err = in_process(path, monkeypatch, capsys, *again)
     assert status == 0 and "making" not in out
-    rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    rows = json.loads((path / "out/language/route.json").read_text())["rows"]
     assert rows == [r for r in before if r["label_fraction"] == 0.5 and r["seed"] == 0
                     and r["method"] in ("base", "sgtm")]
     status, out, err = in_process(path, monkeypatch, capsys, *again, "--forget_units=8")
@@ -558,7 +558,7 @@ def test_fractions(made, monkeypatch, capsys):
     status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=1,0.5",
                                   "--methods=base,filtered")
     assert status == 0, err
-    rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    rows = json.loads((path / "out/language/route.json").read_text())["rows"]
     at = {(r["method"], r["label_fraction"]): r for r in rows}
     assert list(at) == [("base", 1), ("filtered", 1), ("base", 0.5), ("filtered", 0.5)]
     assert at["base", 1] == at["base", 0.5] | {"label_fraction": 1}          # looks at no labels
@@ -570,7 +570,7 @@ def test_seeds(made, monkeypatch, capsys):
     path, _ = made
     status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5", "--seeds=2",
                                   "--methods=filtered")
-    rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    rows = json.loads((path / "out/language/route.json").read_text())["rows"]
     assert status == 0 and "±" in out and [r["seed"] for r in rows] == [0, 1]
     assert rows[0]["forget"] != rows[1]["forget"]
     assert (path / "out/language/seed1/route-filtered-50.pt").exists()
@@ -589,7 +589,7 @@ def test_with_posthoc(made, monkeypatch, capsys):
     status, out, err = in_process(path, monkeypatch, capsys, "--label_fractions=0.5",
                                   "--methods=base", "--with_posthoc=true", "--alphas=0.5")
     assert status == 0, err
-    rows = json.loads((path / "out/language/route-language.json").read_text())["rows"]
+    rows = json.loads((path / "out/language/route.json").read_text())["rows"]
     assert [r["method"] for r in rows] == ["base", "maxent", "graddiff", "rmu", "undo-0.5"]
     assert all(set(r) == KEYS and r["label_fraction"] == 0.5 for r in rows)
     assert [m for m, _ in seen] == ["maxent", "graddiff", "rmu", "graddiff"]       # UNDO's teacher
