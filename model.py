@@ -401,13 +401,14 @@ def write_model(path, model, made_with, record, **more):
 
 
 def read_model(path, device="cpu"):
-    """(GPT, the dict that write_model wrote). Raises ValueError with a message of one line if the
-    file is missing or is not one of ours."""
+    """(GPT, the rest of the dict that write_model wrote: whoever keeps this record should not keep
+    the weights twice). Raises ValueError with a message of one line if the file is missing or is
+    not one of ours."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing: train.py, unlearn.py and undo.py make models")
     checkpoint = read_sealed(path, device)
     try:
-        weights, config = checkpoint["model"], GPTConfig(**checkpoint["config"])
+        weights, config = checkpoint.pop("model"), GPTConfig(**checkpoint["config"])
         tensors = 2 - config.tied + config.gain + (4 + config.gated) * config.n_layer
         if (len(weights), weights["wte.weight"].size(1)) != (tensors, config.n_embd):
             raise ValueError                       # fail before a wrong config allocates memory

@@ -56,8 +56,7 @@ def same_knobs(path, was, now, other=WAYS_OUT):
 
 
 def load(path, task):
-    """(model, the saved dict). Raises BadInput if the file is missing, damaged, or of another task.
-    """
+    """(model, its record). Raises BadInput if the file is missing, damaged, or of another task."""
     model, saved = read(path, task.device)
     made_with = saved["made_with"]
     if made_with["task"] != task.name:

@@ -433,6 +433,7 @@ def test_round_trip(tmp_path):
     assert again.config == gpt.config and checkpoint["made_with"] == made_with
     assert {k: checkpoint[k] for k in ("steps", "flops", "history")} == {
         k: RECORD[k] for k in ("steps", "flops", "history")}
+    assert "model" not in checkpoint            # a record must not keep a copy of all weights alive
     for (k, p), (name, q) in zip(gpt.state_dict().items(), again.state_dict().items()):
         assert k == name and torch.equal(p, q)
     assert torch.equal(gpt(tokens(1, 9)), again(tokens(1, 9)))
