@@ -23,15 +23,15 @@ from engine.hardware import autocast, counting_flops
 from engine.knobs import BadInput, FilePath, knob
 from engine.process import run
 from engine.report import (
+    curves,
     draw_relearning,
     draw_stories,
     joined,
     mean,
-    over_seeds,
     picture,
+    print_models,
     print_stories,
     say_edges,
-    table,
     words_of,
     write_rows,
 )
@@ -313,17 +313,6 @@ def compared(rows, records, cfg, task):
     return full
 
 
-def columns(rows):
-    """{column of the table: (figure of a row, digits) or a function of a row}: see over_seeds."""
-    flat = {k: (k, 0 if k.startswith(("compute", "tokens")) else 2) for k in (
-        "retain", "forget", "forget_heldout_pairs", "forget_words", "mentions", "relearned_few",
-        "forget_shown", "forget_asked", "near", "text_loss", "tokens", "compute_pct",
-        "compute_pct_matched", "robustness_mean") if k in rows[0]}
-    return flat | {f"{what} {step}": lambda row, what=what, step=step: row[what][step]
-                   for what, by_step in rows[0].items() if isinstance(by_step, dict)
-                   for step in by_step}
-
-
 def chosen_stories(rows, task, cfg):
     """({title: story}, topic) of base, the teacher, a student and filtered, or those of them that
     there are so far. All go on with the same beginning, the one after which base mentions a forget
@@ -354,16 +343,13 @@ def draw(axes, rows, task, cfg, stories=None, topic=None):
     def of(name, figure):
         return mean([row for row in rows if row["model"] == name], figure)
 
-    def curves(names, before, after):
-        return {n: {s: of(n, lambda r: r[after][str(s)] if s else r[before])
-                    for s in (0, *cfg.attack_steps)} for n in names}
-
     others = [n for n in names if n != "base" or "filtered" not in names]
     students = [n for n in names if n.startswith("undo-") or n == "distilled"]
     unseen = [n for n in (cfg.method, *students) if "relearned_heldout_pairs" in rows[0]]
     words = words_of(rows[0])
-    draw_relearning(axes[0], task, curves(others, f"forget{words}", f"relearned{words}"),
-                    curves(unseen, "forget_heldout_pairs", "relearned_heldout_pairs"))
+    draw_relearning(axes[0], task, *(
+        curves([row for row in rows if row["model"] in some], f"forget{what}", f"relearned{what}")
+        for some, what in ((others, words), (unseen, "_heldout_pairs"))))
     axes[0].set_title("Relearning curves under attack")
     if words:
         axes[0].set_ylabel("loss on forget words (nats per token), worst rate")
@@ -429,29 +415,11 @@ def main(cfg):
                 first = not rows and len(new) == 2
                 save(rows + new, task, cfg, quiet=not first)
                 if first:
-                    print_table(new, cfg)
+                    print_models(new, cfg)
         rows += new
-    print_table(rows, cfg)
+    print_models(rows, cfg)
     say_edges(rows, cfg)
     print_stories([row for row in rows if row["seed"] == cfg.seed])
-
-
-def print_table(rows, cfg):
-    step = min(cfg.attack_steps, key=lambda s: abs(s - 40))
-    shown = cfg.attack_steps[-4:] if len(cfg.attack_steps) > 4 else cfg.attack_steps
-    last, lines = cfg.attack_steps[-1], over_seeds(rows, ["model"], columns(rows))
-    words = words_of(lines[0])
-    further = {"forget_heldout_pairs": "unseen", f"relearned_heldout_pairs {last}": f"after {last}",
-               "mentions": "mentions", f"relearned_mentions {step}": f"after {step}",
-               "relearned_few": "few", "forget_shown": "shown",
-               f"relearned_shown {last}": f"after {last}", "forget_asked": "asked",
-               "near": "near", "text_loss": "text", "tokens": "tokens",
-               f"robustness{words} {step}": f"robust@{step}", "robustness_mean": "robust",
-               "compute_pct": "compute %", "compute_pct_matched": "matched %"}
-    table(lines, {"model": "model", "retain": "retain", "forget": "forget"}
-          | ({"forget_words": "words"} if words else {})
-          | {f"relearned{words} {s}": f"after {s}" for s in shown}
-          | {k: header for k, header in further.items() if k in lines[0]})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python unlearn.py                              MaxEnt, then the relearning attack
     python unlearn.py --method=graddiff --lr=sweep
     python unlearn.py --method=sam --around=npo    npo, made to forget in a flat place
-    python unlearn.py --method=all                 every method in one table
+    python unlearn.py --method=all --seeds=3       every method in one table
 
 Every method suppresses the skill, but a few steps of relearning bring it back. This is the finding
 to see here (Lee et al. 2025, section 3). undo.py makes the forgetting last.
@@ -20,20 +20,23 @@ import torch
 import torch.nn.functional as F
 
 from engine.hardware import autocast
-from engine.knobs import BadInput, knob
+from engine.knobs import BadInput, FilePath, knob
 from engine.process import WORLD, run
 from engine.report import (
+    curves,
     draw_relearning,
+    joined,
     picture,
+    print_models,
     print_stories,
     say_edges,
-    table,
+    words_of,
     write_rows,
 )
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, fill_attack, foundation, foundations, relearn
-from train import fill, fit, open_task
+from train import fill, fit, open_task, seeds
 
 # What auto knobs stand for, by method and task; a fifth is a knob of the method's own. Those of
 # arithmetic are from experiments/sweep.py, one rule for all methods. MaxEnt's are older: see
@@ -116,6 +119,9 @@ class Config(AfterBase):
     mix: float = knob(0.0, "finetune: share of rows from the pretraining mix", 0, 0.9)
     c_tr: float = knob(0.0, "finetune on pcfg: share of the other rows in which the spurious rule "
                        "#b = #a + 1 holds", 0, 1)
+    seeds: int = knob(1, "how many seeds, from --seed on", 1)
+    join: list[FilePath] | None = knob(None, "rows that earlier runs wrote for some of these seeds "
+                                       "(files NAME.json), which are taken as they are")
 
 
 def kl(teacher_logits, logits):
@@ -519,6 +525,29 @@ def resolved(cfg, method):
     return fill_attack(fill(dataclasses.replace(cfg, method=method), SETTINGS.get(method, {})))
 
 
+def story(given, task):
+    """Yields the rows of one seed: base's, filtered's, and that of each cfg in given."""
+    def every():                     # one at a time, from disk: a pretrained model fills the memory
+        model, record = foundation("base", given[0], task)
+        for each in given:
+            check(each, model)
+        yield "base", model, record, {}
+        del model
+        if not task.pretrained:
+            yield "filtered", *foundation("filtered", given[0], task), {}
+        for each in given:
+            yield each.method, *unlearn(each, task, *sum(foundations(each, task), ())), {
+                k: getattr(each, k) for k in METHOD_KNOBS if getattr(each, k) is not None}
+
+    for name, model, record, knobs in every():
+        with autocast(given[0]):
+            before = task.score(model, finer=True)
+        result = relearn(model, task, given[0], name)
+        del model
+        yield ({"model": name, "seed": given[0].seed} | before | spent(record, task)
+               | attacked(result) | knobs)
+
+
 def main(cfg):
     task = open_task(cfg)
     names = FROM_BASE if task.pretrained else NAMES
@@ -528,44 +557,19 @@ def main(cfg):
     for each in given:                           # reports wrong input before anything is made
         rate(each)
         retain_shares(each, task)
-
-    def every():                     # one at a time, from disk: a pretrained model fills the memory
-        for name in ("base",) if task.pretrained else ("base", "filtered"):
-            model, record = foundation(name, given[0], task)
-            for each in given:
-                check(each, model)
-            yield name, model, record, {}
-            del model
-        for each in given:
-            yield each.method, *unlearn(each, task, *sum(foundations(each, task), ())), {
-                k: getattr(each, k) for k in METHOD_KNOBS if getattr(each, k) is not None}
-
-    rows = []
-    for name, model, record, knobs in every():
-        with autocast(cfg):
-            before = task.score(model, finer=True)
-        result = relearn(model, task, given[0], name)
-        rows.append({"model": name} | before | spent(record, task) | attacked(result) | knobs)
-        del model
-        write_rows("unlearn", cfg if cfg.method == "all" else given[0], task, rows,
-                   quiet=len(rows) > 1)
-    last = str(given[0].attack_steps[-1])
-    flat = [row | row["relearned"] | {f"{k} {last}": at[last] for k, at in row.items()
-                                      if k.startswith("relearned_") and k != "relearned_few"}
-            for row in rows]
-    picture("unlearn", cfg, draw_relearning, task, {row["model"]: {0: row["forget"]} | {
-        int(step): score for step, score in row["relearned"].items()} for row in rows})
-    table(flat, {"model": "model", "retain": "retain", "forget": "forget"}
-          | {str(step): f"after {step}" for step in given[0].attack_steps}
-          | {k: header for k, header in (
-              ("forget_heldout_pairs", "unseen"), (f"relearned_heldout_pairs {last}",
-                                                   f"after {last}"),
-              ("forget_words", "words"), ("mentions", "mentions"), ("relearned_few", "few"),
-              ("forget_shown", "shown"), (f"relearned_shown {last}", f"after {last}"),
-              ("forget_asked", "asked"), ("near", "near"), ("text_loss", "text"),
-              ("tokens", "tokens")) if k in flat[0]})
-    say_edges(rows, given[0])
-    print_stories(rows)
+    cfg = fill_attack(cfg) if cfg.method == "all" else given[0]
+    rows = joined(cfg, task)
+    for each in seeds(cfg, rows):
+        for row in story([dataclasses.replace(how, seed=each.seed) for how in given], task):
+            rows.append(row)
+            write_rows("unlearn", cfg, task, rows, quiet=len(rows) > 1)
+    write_rows("unlearn", cfg, task, rows, quiet=True)
+    words = words_of(rows[0])
+    picture("unlearn", cfg, draw_relearning, task, curves(rows, f"forget{words}",
+                                                          f"relearned{words}"))
+    print_models(rows, cfg)
+    say_edges(rows, cfg)
+    print_stories([row for row in rows if row["seed"] == cfg.seed])
 
 
 if __name__ == "__main__":

@@ -99,6 +99,30 @@ def over_seeds(rows, keys, figures):
     return lines
 
 
+def print_models(rows, cfg):
+    """Prints the table of unlearn.py and undo.py (see docs/rows.md): a line for each model, with
+    the mean and spread over seeds of those figures that the rows have."""
+    words, steps = words_of(rows[0]), [str(step) for step in cfg.attack_steps]
+    near, last = min(steps, key=lambda step: abs(int(step) - 40)), steps[-1]
+    columns = [(header, key, step, digits) for header, key, step, digits in (
+        ("retain", "retain", None, 2), ("forget", "forget", None, 2),
+        ("words", "forget_words", None, 2),
+        *((f"after {step}", f"relearned{words}", step, 2) for step in steps[-4:]),
+        ("unseen", "forget_heldout_pairs", None, 2),
+        (f"after {last}", "relearned_heldout_pairs", last, 2),
+        ("mentions", "mentions", None, 2), (f"after {near}", "relearned_mentions", near, 2),
+        ("few", "relearned_few", None, 2), ("shown", "forget_shown", None, 2),
+        (f"after {last}", "relearned_shown", last, 2), ("asked", "forget_asked", None, 2),
+        ("near", "near", None, 2), ("text", "text_loss", None, 2), ("tokens", "tokens", None, 0),
+        (f"robust@{near}", f"robustness{words}", near, 2), ("robust", "robustness_mean", None, 2),
+        ("compute %", "compute_pct", None, 0), ("matched %", "compute_pct_matched", None, 0))
+        if key in rows[0]]
+    lines = over_seeds(rows, ["model"], {i: (
+        lambda row, key=key, step=step: row[key][step] if step else row[key], digits)
+        for i, (_, key, step, digits) in enumerate(columns)})
+    table(lines, {"model": "model"} | {i: header for i, (header, *_) in enumerate(columns)})
+
+
 def folder_of(cfg):
     """OUT/TASK/, the folder for rows and pictures, which is made if it is missing. Raises BadInput
     if it is not writable."""
@@ -128,10 +152,10 @@ def write_rows(script, cfg, task, rows, quiet=False):
         print(f"rows: {path}")
 
 
-# Knobs in which runs of one table may differ: they choose rows, or do not shape them
+# Knobs in which runs of one table may differ: they choose rows, name files, or do not shape rows
 APART = {"seed", "seeds", "methods", "arms", "label_shares", "label_fractions", "with_posthoc",
-         "join", "out", "data_dir", "source", "source2", "device", "compile", "save_every",
-         "resume", "remake"}
+         "join", "out", "data_dir", "source", "source2", "text", "model", "device", "compile",
+         "save_every", "resume", "remake"}
 
 
 def joined(cfg, task, complete=True):
@@ -225,6 +249,16 @@ def picture(name, cfg, draw, *given, panels=None, above=0, quiet=False):
 
 
 # --- pictures that several stories draw ----------------------------------------------------------
+def curves(rows, before="forget", after="relearned"):
+    """{model: {step of the attack: score}}, the mean over seeds; at 0, the score before it."""
+    models = {}
+    for row in rows:
+        models.setdefault(row["model"], []).append(row)
+    return {name: {0: mean(some, lambda row: row[before])} | {
+        int(step): mean(some, lambda row, step=step: row[after][step]) for step in some[0][after]}
+        for name, some in models.items()}
+
+
 def draw_relearning(ax, task, curves, unseen={}):
     """Draws the worst-case forget score against attack steps. curves: {name: {step: score}}.
     unseen: the same for data that neither training nor the attack shows, drawn dotted."""

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def test_unlearn(method, home):
     weighted = method not in unlearn.UNWEIGHTED
     knobs = {"steps", "lr", "batch_size"} | ({"retain_weight"} if weighted else set())
     for row in saved["rows"]:
-        assert set(row) == FIGURES | ATTACKED | {"model", "flops"} | (
+        assert set(row) == FIGURES | ATTACKED | {"model", "seed", "flops"} | (
             knobs if row["model"] == method else set())
         assert all(set(row[k]) == {"2", "4"} for k in ATTACKED) and row["model"] in out
         assert set(row["rates"].values()) <= {1e-3, 1e-2}
@@ -183,6 +184,33 @@ def test_unlearn_by_all_methods(home):
     for row in saved["rows"][2:]:
         assert row["lr"] == unlearn.SETTINGS[row["model"]]["arithmetic"]["lr"]
         assert row["model"] in out
+
+
+def test_unlearn_of_two_seeds(home):
+    """The table has means over seeds. Rows that were there are taken, and nothing is made."""
+    status, out, err = home.call("unlearn", *UNLEARN, "--seeds=2")
+    assert status == 0, err
+    saved = home.rows("unlearn")
+    assert [(row["seed"], row["model"]) for row in saved["rows"]] == [
+        (seed, model) for seed in (0, 1) for model in ("base", "filtered", "maxent")]
+    a, b = (row["relearned"]["4"] for row in saved["rows"] if row["model"] == "base")
+    [shown] = (line.split() for line in out.splitlines() if line.startswith("base  "))
+    header = next(line for line in out.splitlines() if line.startswith("model  "))
+    column = re.split("  +", header).index("after 4")
+    assert shown[2 * column - 1:2 * column + 1] == [f"{(a + b) / 2:.2f}",
+                                                    f"±{abs(a - b) / 2 ** 0.5:.2f}"]
+    for seed in (0, 1):
+        file = home.out.parent / f"{seed}.json"
+        file.write_text(json.dumps(saved | {"rows": [row for row in saved["rows"]
+                                                     if row["seed"] == seed]}))
+    shutil.rmtree(home.out / "arithmetic" / "seed1")
+    join = f"--join={home.out.parent / '0.json'},{home.out.parent / '1.json'}"
+    status, again, err = home.call("unlearn", *UNLEARN, "--seeds=2", join)
+    assert status == 0, err
+    assert home.rows("unlearn")["rows"] == saved["rows"] and out[out.index(header):] in again
+    assert not (home.out / "arithmetic" / "seed1").exists()
+    status, _, err = home.call("unlearn", *UNLEARN, "--seeds=2", "--method=npo", join)
+    assert status == 2 and "0.json was made with beta=None, this run has beta=" in err
 
 
 def test_unlearn_with_a_sweep(home):
