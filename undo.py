@@ -92,7 +92,7 @@ STRINGS = PAPER | dict(method="maxent", alphas=[0.3, 0.6], steps=600, batch_size
 WORDS = PAPER | dict(steps=300, batch_size=32, lr=6e-3, check_every=5)
 SETTINGS = {                                # what auto knobs stand for, by task
     "arithmetic": WORDS | dict(method="maxent", alphas=[0.3, 0.6]),
-    # A student of a MaxEnt teacher would start at a forget loss of ln V, far above the filtered
+    # A student of a MaxEnt teacher would start at a forget loss of ln V, far below the filtered
     # model's.
     "language": WORDS | dict(method="graddiff", alphas=[0.6, 0.7]),
     # Blocks normalise what they read, so that shrunk weights lose little. A word's embedding is

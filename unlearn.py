@@ -446,6 +446,10 @@ def depends(cfg):
 
 def check(cfg, base):
     """BadInput for what cfg.method cannot do to base."""
+    if lacks := [k for k in METHOD_KNOBS if getattr(cfg, k) is None
+                 and (k != "retain_weight" or cfg.method not in UNWEIGHTED)]:
+        raise BadInput(f"{cfg.method} has no settings of its own for {cfg.task}: give "
+                       + ", ".join(f"--{k}" for k in lacks))
     if cfg.layer and cfg.layer > base.config.n_layer:
         raise BadInput(f"--layer={cfg.layer}: the model has {base.config.n_layer} blocks")
     if WORLD > 1 and cfg.method in ("sam", "tar"):

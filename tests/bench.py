@@ -1,6 +1,6 @@
 """What each trick buys: ours beside the plain way, measured in turns (A B A B) in this process.
 
-    python tests/bench.py                 two to three minutes on a CPU, compiling included
+    python tests/bench.py                 seven minutes on a CPU, compiling included
     python tests/bench.py --device=cpu --compile=false
 
 Ratios are between medians of the same run, since machines are shared and noisy; never compare

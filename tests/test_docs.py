@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import route
 import train
 import unlearn
 from data import gaming
-from engine.knobs import command_line
+from engine.knobs import BadInput, command_line
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text(encoding="utf-8")
@@ -90,7 +91,7 @@ def recipe(title, block=0):
     return re.findall(r"```python\n(.*?)```", section, re.S)[block]
 
 
-def test_a_new_unlearning_loss(monkeypatch):
+def test_a_new_unlearning_loss(monkeypatch, tmp_path):
     names = dict(vars(unlearn))
     monkeypatch.setitem(unlearn.METHODS, "shuffled", None)          # taken out again at the end
     exec(recipe("An unlearning loss"), names)
@@ -99,6 +100,16 @@ def test_a_new_unlearning_loss(monkeypatch):
     wrong = torch.cat([forget[1][-1:], forget[1][:-1]])
     loss = unlearn.objective(model, forget, retain, model, cfg)
     assert loss.item() == pytest.approx((model(forget[0], wrong) + 0.5 * model(*retain)).item())
+
+    said = dict(re.findall(r"--(\w+)=([\w.-]+)", PAGES["extend.md"].split("Put the function")[1]))
+    knobs = {k: float(said[k]) for k in ("lr", "retain_weight")} | {
+        k: int(said[k]) for k in ("steps", "batch_size")}
+    for wanted, given in ((None, knobs | {"steps": 1}), ("--retain_weight", knobs | {
+            "retain_weight": None})):
+        cfg = unlearn.Config(task="pcfg", method="shuffled", device="cpu", compile=False,
+                             out=str(tmp_path / str(wanted)), **given)
+        with pytest.raises(BadInput, match=wanted) if wanted else nullcontext():
+            unlearn.unlearn(cfg, STRINGS, model, {"made_with": {}, "flops": 0})
 
 
 def test_a_new_routing_mask(tmp_path):
