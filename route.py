@@ -457,7 +457,9 @@ def main(cfg):
     views = {f: task.labelled(f, cfg.false_positives, cfg.retain_labels or f)
              for f in cfg.label_fractions}
     rows = joined(cfg, task)
-    rows += [row for each in seeds(cfg, rows) for row in story(each, task, views)]
+    for each in seeds(cfg, rows):
+        rows += story(each, task, views)
+        write_rows("route", cfg, task, rows, quiet=True)
     columns = {"retain_before": "retain", "retain": "ablated", "retain_finetuned": "tuned",
                "forget_before": "forget", "forget": "ablated", "forget_finetuned": "tuned",
                "forget_raw": "raw", "forget_words_before": "words", "forget_words": "ablated",

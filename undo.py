@@ -131,7 +131,8 @@ def spread(alpha, cfg, task, model, rounds=()):
         raise BadInput(f"--by_block has {len(factors)} factors; the model has "
                        f"{model.config.n_layer} blocks")
     by_unit = cfg.noise in ("units", "saliency")
-    alphas = {id(model.wte.weight): alpha if cfg.noise == "all" else 0.0}
+    ends = [model.wte] + ([] if model.config.tied else [model.head])
+    alphas = {id(end.weight): alpha if cfg.noise == "all" else 0.0 for end in ends}
     for block, factor in zip(model.blocks, factors):
         alphas |= {id(p): 0.0 if by_unit else alpha * factor for p in block.parameters()}
     if by_unit:
@@ -272,9 +273,15 @@ def made(cfg, task):
         yield "distilled", undo(None, cfg, task, *teacher())
 
 
+def names_of(cfg, task):
+    """The names of all models, in the table's order."""
+    names = ["base", "filtered", cfg.method, "oracle", *(f"undo-{a:g}" for a in cfg.alphas),
+             "distilled"]
+    return [n for n in names if not task.pretrained or n not in ("filtered", "oracle", "distilled")]
+
+
 def story(cfg, task):
     """Makes and attacks every model; yields the rows so far after each (see docs/rows.md)."""
-    order = ["base", "filtered", cfg.method, "oracle", *(f"undo-{a:g}" for a in cfg.alphas)]
     rows, records = {}, {}
     for name, (model, record) in made(cfg, task):
         with autocast(cfg):
@@ -284,7 +291,7 @@ def story(cfg, task):
         rows[name] = {"model": name, "seed": cfg.seed} | before | attacked(result) | (
             unlearn.spent(record, task) | ({"flops": 0} if name == "base" else {}))
         del model
-        yield compared([rows[name] for name in (*order, "distilled") if name in rows], records,
+        yield compared([rows[name] for name in names_of(cfg, task) if name in rows], records,
                        cfg, task)
 
 
@@ -406,7 +413,7 @@ def main(cfg):
     """Rows and picture are there as soon as two models are, and replaced as others come."""
     task = open_task(cfg)
     cfg = resolved(cfg)
-    rows = joined(cfg, task)
+    rows = joined(cfg, task, names_of(cfg, task))
     if not (to_make := seeds(cfg, rows)):
         save(rows, task, cfg)
     for each in to_make:

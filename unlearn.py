@@ -471,7 +471,8 @@ def unlearn(cfg, task, base, base_record, filtered=None, filtered_record=None, f
     """
     cfg = fill(cfg, SETTINGS.get(cfg.method, {}))
     if cfg.method == "sam":
-        cfg = dataclasses.replace(cfg, **{k: v for k, v in OWN.get(cfg.around, {}).items()
+        its = SETTINGS[cfg.around].get(cfg.task, {})
+        cfg = dataclasses.replace(cfg, **{k: its.get(k) for k in DEPENDS.get(cfg.around, ())
                                           if getattr(cfg, k) is None})
     check(cfg, base)
     cfg = dataclasses.replace(cfg, lr=rate(cfg))
@@ -555,14 +556,15 @@ def story(given, task):
 def main(cfg):
     task = open_task(cfg)
     names = FROM_BASE if task.pretrained else NAMES
-    if cfg.method == "oracle" and task.pretrained:
-        raise BadInput(f"--method=oracle imitates a filtered model, and {task.name} has none")
+    if "oracle" in (cfg.method, cfg.after) and task.pretrained:
+        raise BadInput(f"the oracle imitates a filtered model, and {task.name} has none")
     given = [resolved(cfg, m) for m in (names if cfg.method == "all" else [cfg.method])]
     for each in given:                           # reports wrong input before anything is made
         rate(each)
         retain_shares(each, task)
     cfg = fill_attack(cfg) if cfg.method == "all" else given[0]
-    rows = joined(cfg, task)
+    rows = joined(cfg, task, ["base", *["filtered"] * (not task.pretrained),
+                              *(how.method for how in given)])
     for each in seeds(cfg, rows):
         for row in story([dataclasses.replace(how, seed=each.seed) for how in given], task):
             rows.append(row)

@@ -320,7 +320,8 @@ class Task:
         """{"retain": .., "forget": ..} on fixed held-out data, the same for every model.
 
         part    test: for reports. There may be further figures, named forget_.. and retain_..
-                val: for decisions in training, on fewer and different examples; never reported
+                val: for decisions in training, on fewer and different examples; not reported,
+                     but by eval.relearn_few, whose figure was published so
         finer   adds finer figures, which take longer
         """
         return self.module.score(model, self, domains, part, finer)
@@ -367,8 +368,8 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
         sources = {knob: what_it_is(knob, asked, meta) for knob in SOURCES if knob in defaults}
         if not meta or differ(meta["made_with"], asked):
             meta = prepare(name, folder, asked, sources, block_size)
-        elif meta.get("sources", {}) != sources:      # rewritten or moved, but with the same bytes
-            meta |= {"sources": sources}
+        elif (meta["made_with"], meta.get("sources", {})) != (asked, sources):
+            meta |= {"made_with": asked, "sources": sources}   # moved or rewritten: the same bytes
             write_meta(folder, meta)
         for file, facts in meta["files"].items():
             if sha256(folder / file) != facts["sha256"]:
@@ -455,12 +456,14 @@ def prepare(name, folder, knobs, sources, block_size=None):
     if enc.n_vocab > 1 << 16:
         raise BadInput(f"{name}: a vocabulary of {enc.n_vocab:,} tokens, but files of tokens hold "
                        f"ids below {1 << 16:,}: choose another model")
+    T = block_size or settings["block_size"]
+    for split in splits:                  # before what is there is replaced; a text has its end
+        some = texts[split][:2 * T + 2]
+        check_length(name, split, sum(len(tokens) // 2 for tokens in pack(enc, some)), T)
     (folder / "meta.json").unlink(missing_ok=True)            # without it, data counts as missing
     tokenizer.save(enc, folder / "tokenizer.json")
     for split in tqdm(splits, desc="tokens", unit="split"):
         write(folder / f"{split}.bin", pack(enc, texts[split]))
-        check_length(name, split, (folder / f"{split}.bin").stat().st_size // 2,
-                     block_size or settings["block_size"])
     files = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)}
              for f in ("tokenizer.json", *(f"{s}.bin" for s in splits))}
     meta = {"task": name, "made_with": knobs, "sources": sources, "facts": facts, "files": files}

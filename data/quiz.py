@@ -28,6 +28,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data import facts, pretrained
@@ -95,7 +96,7 @@ def read_questions(path, domain):
     """The questions of a file, one JSON object a line. domain: of those that name none."""
     questions = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8 text')}"
                        ) from None
@@ -117,12 +118,14 @@ def question_of(given, domain):
     if "choices" in given:
         asked, answers, right = (given[k] for k in ("question", "choices", "answer"))
         if isinstance(right, str):                                   # some files name a letter
-            right = "ABCDEFGHIJ".index(right)
+            right = [*"ABCDEFGHIJ"].index(right)
         asked = [f"Question: {asked.strip()}\nAnswer:"]
     else:
         asked, answers, right = (given[k] for k in ("question", "answers", "right"))
         asked = [asked] if isinstance(asked, str) else asked
         domain = given["domain"]
+    if type(answers) is not list or type(right) is not int:
+        raise ValueError("the answers are no list, or the right one is no number")
     texts = [*asked, *answers]
     if not asked or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("an empty text, or none")
@@ -204,8 +207,15 @@ def shown(questions):
 def base(task):
     """(model, record): the pretrained model, as if fit() had made it."""
     model, _ = pretrained.read(task.made_with["model"])
+    known = task.facts["pretrained"] | {"sha256": task.made_with["model_sha256"]}
+    T, ends = task.block_size, np.flatnonzero(task.tokens("forget_train") == task.end)
+    lengths = np.diff(ends, prepend=-1) - 1                           # without the end of each
+    if (cut := np.mean(lengths > T)) > 0.1:
+        raise BadInput(f"{cut:.0%} of the questions to forget are longer than a row of {T} tokens, "
+                       f"so that their answers would be cut off: give "
+                       f"--block_size={math.ceil(np.quantile(lengths, 0.95))}")
     return model.to(task.device), {"made_with": {
-        "task": task.name, "data": task.data_id, "pretrained": task.facts["pretrained"]},
+        "task": task.name, "data": task.data_id, "pretrained": known},
         "steps": 0, "flops": 0, "history": []}
 
 
@@ -254,8 +264,15 @@ def cloze(model, task, questions, phrasings=for_scoring):
     """The share of questions, in the first phrasing that the function `phrasings` gives, for which
     the right answer has the highest mean log-probability."""
     found = mean_log_probabilities(model, task, questions, phrasings)
-    right = [means.argmax().item() == q["right"] for q, means in zip(questions, found)]
-    return sum(right) / len(right)
+    best = [means == means.max() for means in found]             # bfloat16 has ties: chance decides
+    return sum((tied[q["right"]] / tied.sum()).item() for q, tied in zip(questions, best)
+               ) / len(questions)
+
+
+def check_context(model, tokens):
+    if tokens > model.config.block_size:
+        raise BadInput(f"a question and its answer have {tokens} tokens, and this model reads "
+                       f"{model.config.block_size}: leave such questions out")
 
 
 @torch.no_grad()
@@ -268,6 +285,7 @@ def mean_log_probabilities(model, task, questions, phrasings, rows=32):
     for some in (order[i:i + rows] for i in range(0, len(order), rows)):
         answers = [encode(" " + answer) for i in some for answer in questions[i]["answers"]]
         longest, width = len(asked[some[-1]]), max(map(len, answers))
+        check_context(model, longest + width)
         pad = [longest - len(asked[i]) for i in some]
         repeats, lengths = (torch.tensor([len(x) for x in xs], device=device)
                             for xs in ([questions[i]["answers"] for i in some], answers))
@@ -292,6 +310,7 @@ def greedy(model, task, questions):
     right = [q["answers"][q["right"]] for q in questions]
     longest = max(len(encode(" " + answer)) for answer in right)
     prompts = [[task.end, *encode(*for_scoring(q))] for q in questions]
+    check_context(model, max(map(len, prompts)) + longest)
     said = task.tokenizer.decode_batch(model.generate(prompts, longest).tolist())
     return sum(text.strip().lower().startswith(answer.lower())
                for text, answer in zip(said, right)) / len(questions)

@@ -144,7 +144,7 @@ def write_rows(script, cfg, task, rows, quiet=False):
     path = folder_of(cfg) / f"{script}.json"
     config = dataclasses.asdict(cfg)
     if task:
-        config |= {"block_size": task.block_size, "device": task.device.type,
+        config |= {"block_size": task.block_size, "data": task.data_id, "device": task.device.type,
                    "precision": str(hardware(cfg)[1])[len("torch."):]}
         config |= {k: v for k, v in task.made_with.items() if config.get(k, 0) is None}
     write(path, json.dumps({"config": config, "rows": rows}, indent=1).encode())
@@ -159,41 +159,48 @@ APART = {"seed", "seeds", "methods", "arms", "label_shares", "label_fractions", 
 
 
 def joined(cfg, task, complete=True):
-    """Rows that runs of the same script with the same knobs wrote for other seeds, methods or label
-    fractions: those of the files cfg.join. Raises BadInput for a file that has no rows, was made
-    with other knobs, or has a row that an earlier file has, and if rows must be complete, for one
-    of a run that was stopped."""
+    """Rows that runs of the same script with the same knobs and data wrote for other seeds, methods
+    or label fractions: those of the files cfg.join. Raises BadInput for a file that has no rows,
+    was made with other knobs or data, or has a row that an earlier file has.
+
+    complete    what a seed must have, or BadInput: a list of models; True, the rows that other
+                seeds of these files have; False, anything
+    """
     def which(row):
         return [row.get(k) for k in ("seed", "model", "method", "label_fraction")]
 
-    mine = dataclasses.asdict(cfg) | {"block_size": task.block_size} | {
+    mine = dataclasses.asdict(cfg) | {"block_size": task.block_size, "data": task.data_id} | {
         k: v for k, v in task.made_with.items() if getattr(cfg, k, 0) is None}
     rows, mine = [], json.loads(json.dumps(mine))
     for file in cfg.join or ():
         try:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
             config, new = saved["config"], saved["rows"]
-            keys = [which(row) for row in new if row["seed"] is not None]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            differ = sorted(k for k in config if k in mine and k not in APART and
+                            config[k] != mine[k])
+            keys, its = [which(row) for row in new], sorted({row["seed"] for row in new})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadInput(f"--join={file}: not rows of this script ({type(error).__name__})"
                            ) from None
-        for key in sorted((config.keys() & mine.keys()) - APART):
-            if config[key] != mine[key]:
-                raise BadInput(f"--join={file} was made with {key}={config[key]}, this run has "
-                               f"{key}={mine[key]}")
+        for key in differ:
+            raise BadInput(f"--join={file} was made with {key}={config[key]}, this run has "
+                           f"{key}={mine[key]}")
         if again := [k for k in keys if k in [which(row) for row in rows]]:
             raise BadInput(f"--join={file}: another file has the row of seed " + ", ".join(
                 str(part) for part in again[0] if part is not None) + ", too")
-        for seed in sorted({row["seed"] for row in new}):
+        for seed in its:
             if seed not in range(cfg.seed, cfg.seed + cfg.seeds):
                 raise BadInput(f"--join={file} has seed {seed}, which is none of this table's: "
                                f"give --seeds")
         rows += new
     made = {}
     for row in rows:
-        made.setdefault(row["seed"], set()).add(str(which(row)[1:]))
-    for seed in made:
-        if complete and made[seed] != max(made.values(), key=len):
+        made.setdefault(row["seed"], {})[str(which(row)[1:])] = row.get("model")
+    for seed, there in made.items() if complete else ():
+        if complete is not True and (lacks := [n for n in complete if n not in there.values()]):
+            raise BadInput(f"--join: seed {seed} has no row of {', '.join(lacks)}; was its run "
+                           f"stopped?")
+        if complete is True and there.keys() != max(made.values(), key=len).keys():
             raise BadInput(f"--join: seed {seed} has fewer rows than others; was its run stopped?")
     return rows
 

@@ -148,6 +148,14 @@ def shown(task, n):
     return tokens
 
 
+def fit_a_row(task, shots):
+    """Whether solved equations, and one that is asked with its answer, fit a row."""
+    exams = [text for operation in arithmetic.DOMAINS["forget"] for text in arithmetic.exam(
+        operation, "equations", "test", False, task.made_with["heldout_pairs"])]
+    longest = max(len(task.tokenizer.encode_ordinary("".join(text))) for text in exams)
+    return len(shown(task, shots)) + longest + 2 <= task.block_size           # and two end tokens
+
+
 def asked(model, task, form, before=()):
     """{"forget": accuracy} on the forget exam of one form."""
     pairs = task.made_with["heldout_pairs"]
@@ -161,7 +169,8 @@ def suits(name, task):
     """Whether an attack makes sense on a task."""
     how = ATTACKS[name]
     if {"form", "shots"} & {*how}:
-        return task.name == "arithmetic" and 0 < task.made_with["words"] < 1
+        return task.name == "arithmetic" and 0 < task.made_with["words"] < 1 and (
+            "shots" not in how or fit_a_row(task, how["shots"]))
     return not (task.generated and "few" in how)
 
 

@@ -133,9 +133,11 @@ def erode(way, cfg, task, taught, tokens):
 
 
 def half_life(curve):
-    """The first step measured at which the habit is down to half of what it was; None: never."""
-    return next((int(step) for step, at in curve.items()
-                 if at["habit"] <= curve["0"]["habit"] / 2), None)
+    """The first step measured at which the habit is down to half of what it was; None: never, or
+    it was never there."""
+    start = curve["0"]["habit"]
+    return next((int(step) for step, at in curve.items() if at["habit"] <= start / 2),
+                None) if start else None
 
 
 def draw(axes, rows, cfg):
@@ -164,7 +166,7 @@ def main(cfg):
             curve, flops = erode(way, each, task, taught, tokens)
             rows.append({"way": way, "seed": each.seed, "curve": curve, "half_life":
                          half_life(curve), "flops": flops, "flops_taught": record["flops"]})
-    write_rows("erosion", cfg, task, rows)
+            write_rows("erosion", cfg, task, rows, quiet=len(rows) > 1)
     picture("erosion", cfg, draw, rows, cfg, panels=1)
     columns = {str(s): lambda row, s=s: row["curve"][str(s)]["habit"] for s in (0, *cfg.at)}
     columns |= {"skill": lambda row: row["curve"][str(max(cfg.at))]["skill"],

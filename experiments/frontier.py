@@ -105,7 +105,8 @@ def few_labels(task, share):
     view = task.first_texts(n)
     others = np.searchsorted(starts, ends[n - 1]) / len(starts)
     starts, ends, last = texts_of("retain")
-    sure = min(np.searchsorted(starts, ends[-last - 1]), len(starts) - 1) / len(starts)
+    begin = np.searchsorted(starts, ends[-last - 1]) if last < len(ends) else 0
+    sure = min(begin, len(starts) - 1) / len(starts)
     view.pieces |= {"sure": [Piece("retain", sure, 1)],
                     "retain": [Piece("forget", others, 1), Piece("retain")]}
     view.by_label = ("train",)
@@ -368,6 +369,10 @@ def main(cfg):
     if cfg.attack_steps is None:
         cfg = dataclasses.replace(cfg, attack_steps=STEPS)
     task = open_task(cfg)
+    if task.pretrained:
+        raise BadInput(f"--task={task.name}: there is no filtered model to compare with")
+    if cfg.alphas:
+        raise BadInput("--alphas: arms have noise of their own, and the others that of --alpha")
     if cfg.unlearn_lr == "sweep":
         raise BadInput("--unlearn_lr=sweep chooses by labels that some arms do not have: give a "
                        "number")

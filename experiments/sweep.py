@@ -104,6 +104,9 @@ def main(cfg):
                 tqdm.write(f"{method}: {error}")
                 continue
             tried.append(given | {k: statistics.mean(at[k] for at in got) for k in got[0]})
+        if not tried:
+            print(f"note: {method} is left out: no attempt ended well")
+            continue
         chosen, _ = best(tried, retain, task)
         rows += [{"method": method, "best": i == chosen,
                   "kept": task.within(at["retain"], retain, 0.02)} | at

@@ -19,7 +19,7 @@ import numpy as np
 import undo
 import unlearn
 from engine.hardware import autocast
-from engine.knobs import knob
+from engine.knobs import BadInput, knob
 from engine.process import run
 from engine.report import mean, picture, table, write_rows
 from eval import attacked, foundations, relearn
@@ -102,11 +102,16 @@ def draw(axes, rows, rho):
 
 def main(cfg):
     task = open_task(cfg)
+    if task.pretrained:
+        raise BadInput(f"--task={task.name}: there is no filtered model to compare with")
+    if ignored := [k for k in ("method", "unlearn_lr", "unlearn_steps", "rounds", "join")
+                   if getattr(cfg, k) != getattr(Config(), k)]:
+        raise BadInput(f"--{ignored[0]} means nothing here: give --teachers and --alphas")
     cfg, rows = undo.resolved(cfg), []
     for each in seeds(cfg):
         rows += story(each, task)
+        write_rows("trial", cfg, task, rows, quiet=each.seed > cfg.seed)
     rho = rank_correlations(rows)
-    write_rows("trial", cfg, task, rows)
     picture("trial", cfg, draw, rows, rho["all"], panels=1)
     table(rows, {"method": "teacher", "alpha": "alpha", "seed": "seed",
                  "trial_mean": "attacked, trial", "full_mean": "attacked, full",

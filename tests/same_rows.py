@@ -48,7 +48,7 @@ STORIES = {
     "frontier": f"undo.py frontier {SIZE} {BASE} {ATTACK} --unlearn_steps=3 --steps=4 "
                 "--check_every=2 --label_shares=.1 --arms=npo,undo-units,undo-rounds,filter-distil,"
                 "ntp-all,undo-labels,classifier-skip,classifier-uniform,ntp,filtered-labels",
-    "trial": f"undo.py trial {SIZE} {BASE} {ATTACK} --unlearn_steps=3 --steps=4 --check_every=2 "
+    "trial": f"undo.py trial {SIZE} {BASE} {ATTACK} --steps=4 --check_every=2 "
              "--alphas=.5,.9 --teachers=maxent",
     "sweep": f"unlearn.py sweep {SIZE} {BASE} --attempts=2 --steps_range=1,2 --batch_size=8",
     "erosion": f"unlearn.py erosion {SIZE} {BASE} --teach_steps=3 --at=1,2 --inner_steps=2",

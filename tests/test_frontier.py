@@ -69,6 +69,9 @@ def test_few_labels(aligned, task, tmp_path):
         for row in view.batch({"retain": 1}, 200, 0, 0)[0].tolist():
             said = task.tokenizer.decode(row)
             assert said in END + kept or said in END.join(["", *texts["retain"], ""])
+    whole, n = frontier.few_labels(task, 1)
+    assert n == len(texts["forget"]) - 1
+    assert whole.pieces["sure"] == [("retain", 0, 1)]
     only = frontier.labelled_only(view)
     assert only.pieces["retain"] == view.pieces["sure"] != view.pieces["retain"]
     assert distinct(only, "retain", part="val") == distinct(task, "retain", part="val")

@@ -286,6 +286,19 @@ def test_after(cfg, task, monkeypatch):
         unlearn.unlearn(dataclasses.replace(cfg, method="npo"), task, *base)
 
 
+def test_sam_around_a_method_has_its_knobs(cfg, task, monkeypatch):
+    """Those of the task, as the method itself has them."""
+    monkeypatch.setitem(unlearn.SETTINGS["simnpo"], task.name, dict(
+        steps=3, lr=1e-2, retain_weight=1.0, batch_size=4, beta=0.7, gamma=0.2))
+    seen, true = [], unlearn.objective
+    monkeypatch.setattr(unlearn, "objective", lambda model, forget, retain, reference, cfg, step: (
+        seen.append((cfg.beta, cfg.gamma)), true(model, forget, retain, reference, cfg, step))[1])
+    plain = dataclasses.replace(cfg, method="sam", around="simnpo", beta=None, gamma=None, rho=0.1)
+    unlearn.unlearn(plain, task, *small(task))
+    unlearn.unlearn(dataclasses.replace(plain, beta=0.4), task, *small(task), folder="other-")
+    assert [*dict.fromkeys(seen)] == [(0.7, 0.2), (0.4, 0.2)]
+
+
 def test_after_itself(cfg, task):
     with pytest.raises(BadInput, match="--after=npo: the same as --method"):
         unlearn.unlearn(dataclasses.replace(cfg, method="npo", after="npo"), task, *small(task))

@@ -1,4 +1,5 @@
 """The quiz: what a pretrained model knows, against slow counts, and scripts that make it forget."""
+import dataclasses
 import json
 import math
 
@@ -92,6 +93,10 @@ def test_other_files_of_questions(tmp_path):
     assert first == {"question": ["Question: Which?\nAnswer:"], "answers": ["a", "b", "c", "d"],
                      "right": 2, "domain": "retain"}
     assert (second["right"], second["domain"]) == (1, "retain")
+    said = {"question": "What is\u2028on two lines?", "choices": ["a", "b"], "answer": 0}
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(said, ensure_ascii=False).encode() + b"\r\n")
+    [only] = quiz.read_questions(path, "retain")                      # as Windows writes files
+    assert only["question"] == ["Question: What is\u2028on two lines?\nAnswer:"]
 
 
 @pytest.mark.parametrize("line, says", [
@@ -103,6 +108,10 @@ def test_other_files_of_questions(tmp_path):
     ('{"question": [], "answers": ["a", "b"], "right": 0, "domain": "near"}', "empty"),
     ('{"question": "x", "answers": ["a", " "], "right": 0, "domain": "near"}', "empty"),
     ('{"question": "x", "choices": ["a", "b"], "answer": "K"}', "line 2"),
+    ('{"question": "x", "choices": ["a", "b"], "answer": ""}', "line 2"),         # no letter
+    ('{"question": "x", "choices": ["a", "b", "c"], "answer": "BC"}', "line 2"),
+    ('{"question": "x", "choices": ["a", "b"], "answer": 1.0}', "no number"),
+    ('{"question": "x", "choices": "ab", "answer": 1}', "no list"),
     ('{"question": 3, "choices": ["a", "b"], "answer": 0}', "line 2")])
 def test_lines_that_are_no_questions(tmp_path, line, says):
     path = tmp_path / "q.jsonl"
@@ -122,6 +131,56 @@ def test_what_the_quiz_needs(files, tmp_path, change, says):
     with pytest.raises(BadInput, match=says):
         data.load("quiz", **files | {"folder": tmp_path / "data"} | change)
     assert not list((tmp_path / "data").glob("quiz/*.bin"))                # nothing half-written
+
+
+def test_questions_longer_than_a_row_or_than_the_model_reads(files, asked, model, tmp_path):
+    """Their answers would be cut off."""
+    long = [json.dumps({"question": f"{i}: " + "which one is it? " * 9, "choices": ["a", "b"],
+                        "answer": 0}) for i in range(40)]
+    (tmp_path / "long").write_text("\n".join(long[:30] + lines()))
+    task = data.load("quiz", **files | {"source": str(tmp_path / "long"),
+                                        "folder": tmp_path / "data"})
+    with pytest.raises(BadInput, match="% of the questions to forget are longer than a row of 40"):
+        quiz.base(task)
+    with pytest.raises(BadInput, match="this model reads .*: leave such questions out"):
+        quiz.mean_log_probabilities(model, asked, [{"question": ["x y " * 900], "answers": ["a"]}],
+                                    quiz.for_scoring)
+    with pytest.raises(BadInput, match="this model reads"):
+        quiz.greedy(model, asked, [{"question": ["x y " * 900], "answers": ["a"], "right": 0}])
+
+
+def test_a_tie_counts_as_a_guess(asked, monkeypatch):
+    questions = [{"right": right, "answers": [0] * 4} for right in (0, 1, 2, 3)]
+    found = torch.tensor([[-1.0, -1, -2, -3], [-1, -2, -3, -4], [-3, -2, -1, -1], [-1, -1, -1, -1]])
+    monkeypatch.setattr(quiz, "mean_log_probabilities", lambda *_: list(found))
+    assert quiz.cloze(None, asked, questions) == (1 / 2 + 0 + 1 / 2 + 1 / 4) / 4
+
+
+def test_another_model_of_the_same_name(files, tmp_path):
+    """A moved model is the same one, and keeps what was unlearned from it; another one with the
+    same name and sizes is not."""
+    (tmp_path / "here").mkdir()
+    path = write_folder(tmp_path / "here" / "tiny")
+    ask = files | {"folder": tmp_path / "data"}
+    first = quiz.base(data.load("quiz", **ask | {"model": str(path)}))[1]["made_with"]
+    (tmp_path / "there").mkdir()
+    moved = path.rename(tmp_path / "there" / "tiny")
+    task = data.load("quiz", **ask | {"model": str(moved)})
+    assert quiz.base(task)[1]["made_with"] == first and task.made_with["model"] == str(moved)
+    write_folder(path, random_weights(1))
+    other = quiz.base(data.load("quiz", **ask | {"model": str(path)}))[1]["made_with"]
+    assert {k for k in other if other[k] != first[k]} == {"pretrained"}
+
+
+def test_a_matrix_that_unembeds_is_damaged_too(files, asked, model, tmp_path):
+    path = write_folder(tmp_path / "untied", random_weights(tied=False),
+                        config={"tie_word_embeddings": False})
+    untied, _ = pretrained.read(path)
+    cfg = undo.Config.for_task("quiz")(task="quiz", noise="all")
+    assert undo.spread(0.5, cfg, asked, untied) == [0.5] * len(list(untied.parameters()))
+    alphas = undo.spread(0.5, dataclasses.replace(cfg, noise="blocks"), asked, untied)
+    still = {id(untied.wte.weight), id(untied.head.weight), id(untied.gain)}
+    assert [a == 0 for a in alphas] == [id(p) in still for p in untied.parameters()]
 
 
 # --- the task ------------------------------------------------------------------------------------
@@ -318,7 +377,8 @@ def test_judges(home, files, what):
 @pytest.mark.parametrize("script, arguments, says", [
     ("train", [], "starts from a pretrained model"), ("unlearn", ["--method=oracle"], "oracle"),
     ("unlearn", ["--task=pcfg", "--attack=shown"], "shown means nothing"),
-    ("unlearn", ["--n_layer=3"], "n_layer"),
+    ("unlearn", ["--n_layer=3"], "n_layer"), ("unlearn", ["--after=oracle"], "oracle"),
+    ("frontier", [], "no filtered model"), ("trial", [], "no filtered model"),
     ("eval", ["--task=pcfg", "--model=/"], " /.pt is missing")])    # folders are for quiz alone
 def test_what_a_pretrained_task_has_not(home, files, script, arguments, says):
     task = [] if "--task=pcfg" in arguments else given(files)

@@ -600,6 +600,22 @@ def test_with_posthoc(made, monkeypatch, capsys):
     assert status == 0 and "making" in out                   # another base: other students
 
 
+def test_rows_are_there_after_each_seed(made, monkeypatch, capsys):
+    path, _ = made
+    rows = json.loads((path / "out/language/route.json").read_text())["rows"]
+
+    def story(cfg, task, views):
+        if cfg.seed == 1:
+            raise KeyboardInterrupt
+        return rows
+
+    monkeypatch.setattr(route, "story", story)
+    status, _, _ = in_process(path, monkeypatch, capsys, "--label_fractions=0.5", "--seeds=2",
+                              f"--out={path}/stopped")
+    assert status != 0
+    assert json.loads((path / "stopped/language/route.json").read_text())["rows"] == rows
+
+
 def test_steer(made):
     path, _ = made
     status, out, err = script(path, "--token= the, Rome", "--n_layer=3", f"--out={path}/steered",

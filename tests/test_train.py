@@ -643,6 +643,19 @@ def test_rows_longer_than_the_data(copy):
     assert load(copy, block_size=50).batch("all", 3, 0, 0)[0].shape == (3, 50)
 
 
+def test_a_refused_command_leaves_the_data(tmp_path):
+    """Data that would be too short for its rows replaces nothing."""
+    (tmp_path / "s.txt").write_text("".join(f"The {w} story {i}. It was told.\n<|endoftext|>\n"
+                                            for i in range(400) for w in ("tree", "red", "sun")))
+    ask = dict(folder=tmp_path, block_size=32)
+    first = data.load("tinystories", source=str(tmp_path / "s.txt"), **ask)
+    before = {f.name: f.read_bytes() for f in (tmp_path / "tinystories").iterdir()}
+    with pytest.raises(BadInput, match="too few for rows of 900"):
+        data.load("tinystories", stories=60, folder=tmp_path, block_size=900)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "tinystories").iterdir()} == before
+    assert data.load("tinystories", **ask).data_id == first.data_id
+
+
 # --- tables and rows -----------------------------------------------------------------------------
 def test_table(capsys):
     rows = [{"model": "base", "retain": 0.98765, "n": 3}, {"model": "filtered", "retain": None}]
@@ -666,7 +679,8 @@ def test_rows_on_disk(tmp_path, task):
     saved = json.loads((tmp_path / "arithmetic" / "story.json").read_text())
     assert saved["rows"] == [{"model": "base", "retain": 0.5}]
     assert saved["config"] == dataclasses.asdict(cfg) | {
-        "block_size": 64, "device": "cpu", "precision": str(train.hardware(cfg)[1])[6:]}
+        "block_size": 64, "data": task.data_id, "device": "cpu",
+        "precision": str(train.hardware(cfg)[1])[6:]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -141,6 +141,7 @@ def test_half_life():
     curve = {str(s): {"habit": h} for s, h in ((0, 0.8), (5, 0.5), (10, 0.4), (20, 0.1))}
     assert erosion.half_life(curve) == 10
     assert erosion.half_life({"0": {"habit": 0.8}, "5": {"habit": 0.7}}) is None
+    assert erosion.half_life({"0": {"habit": 0.0}, "5": {"habit": 0.0}}) is None   # never taught
 
 
 def test_looking_ahead_by_a_copy():

@@ -231,7 +231,8 @@ def test_what_the_picture_of_undo_shows(shown, marked, titles, tmp_path, capsys,
     monkeypatch.setattr(Figure, "savefig", lambda self, *given, **named: (
         figures.append(self), save(self, *given, **named)))
     monkeypatch.setattr(undo, "open_task", lambda cfg: SimpleNamespace(
-        name="any", higher_is_better=False, block_size=8, made_with={"forget_words": FOREST}))
+        name="any", higher_is_better=False, block_size=8, data_id="", pretrained=False,
+        made_with={"forget_words": FOREST}))
     monkeypatch.setattr(undo, "resolved", lambda cfg: cfg)
     monkeypatch.setattr(undo, "seeds", lambda cfg, rows: [cfg])
     monkeypatch.setattr(undo, "story", lambda cfg, task: [rows])
