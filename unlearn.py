@@ -420,10 +420,16 @@ def sweep(cfg, task, base, attempt):
         retain = task.score(base, ("retain",), "val")["retain"]
     tried = []
     for lr in cfg.sweep:
-        model, record = attempt(lr)              # outside autocast, because fit() sets its own
+        try:
+            model, record = attempt(lr)          # outside autocast, because fit() sets its own
+        except BadInput as error:                # it diverged
+            print(f"sweep: {error}")
+            continue
         kept = task.within(record["history"][-1]["retain"], retain, 0.02)
         with autocast(cfg):
             tried.append((kept, task.loss(model, "forget", 64, "val"), lr, model, record))
+    if not tried:
+        raise BadInput("--lr=sweep: no rate ended well, give others (--sweep)")
     kept, forget_loss, lr, model, record = max(tried, key=lambda t: t[:2])
     print(f"sweep: rate {lr:g}, forget loss {forget_loss:.2f}" + (
         "" if kept else "; no rate kept the retain score within 2% of base's"))

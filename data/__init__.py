@@ -366,6 +366,10 @@ def load(name, folder=None, block_size=None, device="cpu", **knobs):
     with locked(folder.parent, wait=True):             # waits while another run makes data there
         meta = read_meta(folder)
         sources = {knob: what_it_is(knob, asked, meta) for knob in SOURCES if knob in defaults}
+        for knob in sorted(sources.keys() - {"model"}):            # a model has to be given once
+            if knobs.get(knob) is None and asked[knob] is not None:
+                print(f"data: --{knob}={asked[knob]}, as before (without {folder} it would be the "
+                      f"default)")
         if not meta or differ(meta["made_with"], asked):
             meta = prepare(name, folder, asked, sources, block_size)
         elif (meta["made_with"], meta.get("sources", {})) != (asked, sources):

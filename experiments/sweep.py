@@ -100,6 +100,10 @@ def main(cfg):
         for given in tqdm(draws(cfg, method), desc=method, unit="attempt"):
             try:
                 got = [attempt(method, given, each, task, base) for each, base in bases.values()]
+            except KeyboardInterrupt as stop:               # fit() speaks of a file that is gone
+                raise KeyboardInterrupt(f"stopped in {method}; sweep.json has the methods before "
+                                        f"it: give --methods for the others, and another --out",
+                                        *stop.args[1:]) from None
             except BadInput as error:                         # it diverged, which is a result, too
                 tqdm.write(f"{method}: {error}")
                 continue

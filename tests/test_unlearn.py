@@ -297,6 +297,16 @@ def test_sweep(kept, chosen, higher, cfg, capsys):
     assert model == chosen and record["flops"] == 111                # every attempt is paid for
     assert ("no rate" in capsys.readouterr().out) == (not any(kept))
 
+    def diverges(lr):
+        if lr != 0.3:
+            raise BadInput("the loss is nan")
+        return attempt(lr)
+
+    model, record = unlearn.sweep(cfg, task, None, diverges)          # the others still count
+    assert model == 2 and record["flops"] == 100
+    with pytest.raises(BadInput, match="no rate ended well"):
+        unlearn.sweep(dataclasses.replace(cfg, sweep=[0.1, 0.2]), task, None, diverges)
+
 
 def test_sweep_for_true(cfg, task):
     """Each rate trains: the model chosen is the one that its rate alone gives."""
