@@ -330,6 +330,8 @@ def variant(cell, cfg):
 
 def environments(cfg):
     """Yields (cfg, task) for each environment and seed."""
+    if WORLD > 1:
+        raise BadInput("this runs in one process: its models are too small for more")
     names = list(gaming.ENVIRONMENTS) if cfg.env == "all" else [cfg.env]
     for env in names:                                       # check before anything is made
         if cfg.reward not in gaming.ENVIRONMENTS[env].rewards:
@@ -337,6 +339,7 @@ def environments(cfg):
                            f"{', '.join(gaming.ENVIRONMENTS[env].rewards)}")
     for env in names:
         task = open_task(dataclasses.replace(cfg, env=env))
+        cfg = dataclasses.replace(cfg, resume=cfg.resume and None)     # it was taken up once
         for each in seeds(dataclasses.replace(cfg, env=env)):
             yield each, task
 
@@ -352,8 +355,6 @@ def check_base(before, task, cfg):
 
 
 def main(cfg):
-    if WORLD > 1:
-        raise BadInput("recontext.py runs in one process: its models are too small for more")
     rows, judged, seconds = [], 0, 0.0
     for each, task in environments(cfg):
         base = foundation("base", each, task)
@@ -374,6 +375,7 @@ def main(cfg):
                             | {f"{k}_before": v for k, v in before[context, heldout].items()}
                             | now | {"n": cell.n, "reward": cell.reward, "kl": cell.kl,
                                      "push": pushed, "predicted_sign": sign(pushed)})
+        write_rows("recontext", cfg, task, rows, quiet=True)
     write_rows("recontext", cfg, task, rows)
     draw(cfg, rows)
     lines = table_lines(rows)

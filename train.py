@@ -361,9 +361,10 @@ def fit(model, loss_fn, cfg, steps, lr, muon_lr=0.0, *, name="fit", decay=0.0, w
             if ended:
                 raise KeyboardInterrupt(
                     f"{name}: stopped after step {at.steps} of {steps}, " + (
-                        f"saved in {checkpoint.path}" if checkpoint else "models made are kept")
-                    + "; run the same command again" + " without --resume=false" * (
-                        cfg.resume is False) + " to go on", (signals or [signal.SIGTERM])[0])
+                        f"saved in {checkpoint.path}; run the same command again"
+                        + " without --resume=false" * (cfg.resume is False) + " to go on"
+                        if checkpoint else "which are lost; what was complete is kept"),
+                    (signals or [signal.SIGTERM])[0])
     for each in (model, *frozen):
         each._compiled_call_impl = None         # undoes .compile(), for which torch has no function
     return at.record()

@@ -122,7 +122,7 @@ def idx(path, sizes):
     if magic != 0x800 + 1 + len(sizes) or rest != list(sizes):
         what = "28x28 images" if sizes else "labels"
         raise BadInput(f"{path} is no idx file of {what}: {way_out}")
-    if len(content) - header != n * int(np.prod(sizes)):
+    if not n or len(content) - header != n * int(np.prod(sizes)):
         raise BadInput(f"{path} should hold {n} items, but has {len(content)} bytes: {way_out}")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(n, *sizes)
 

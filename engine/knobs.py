@@ -33,6 +33,14 @@ def knob(default, why, low=None, high=None, choices=None):
     return field(default=default, metadata=about)
 
 
+def means_nothing(cfg, names, why):
+    """BadInput if one of these knobs was given, which a script inherits and has no use for."""
+    usual = type(cfg)()
+    for name in names:
+        if getattr(cfg, name) != getattr(usual, name):
+            raise BadInput(f"--{name} means nothing here: {why}")
+
+
 class Minutes(float):
     """A time in minutes, written with its unit, for example 5m."""
 

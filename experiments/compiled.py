@@ -7,12 +7,14 @@ like counting b where #b = #a + 1. Then we cut every weight that changed, one at
 """
 import engine.start  # noqa: F401, I001  (before torch is loaded)
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from data import pcfg
+from engine.hardware import hardware
 from engine.knobs import knob
 from engine.process import run
 from engine.report import picture, table, write_rows
@@ -52,6 +54,8 @@ def prune_each(model, before, right):
 
 def main(cfg):
     """Runs in double precision, because autocast would round away steps as small as these."""
+    if hardware(cfg)[0].type == "mps":                             # which has no double precision
+        cfg = dataclasses.replace(cfg, device="cpu")
     task = open_task(cfg)
     cfg = fill(cfg, TOOLS)
 
@@ -85,6 +89,7 @@ def main(cfg):
                      "best": [share for share, *_ in shares[:20]],
                      "mean": sum(share for share, *_ in shares) / len(shares),
                      "revive_steps": back["steps"]})
+        write_rows("compiled", cfg, task, rows, quiet=True)
 
     def draw(ax):
         for row in rows:

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from data.digits import load
+from engine.disk import take
 from engine.hardware import autocast, hardware, to_device
-from engine.knobs import BadInput, FilePath, knob
+from engine.knobs import BadInput, FilePath, knob, means_nothing
 from engine.process import RANK, WORLD, run
 from engine.report import folder_of, over_seeds, picture, table, write_rows
 from engine.streams import stream, torch_stream
@@ -120,7 +121,8 @@ def split_loss(model, s, x, low):
     code, loss = code.float(), (top - x).abs().mean() + (bottom - x).abs().mean()
     for group in s.learns:
         which = (low if group == "0-4" else ~low).float()
-        loss = loss + ((out - x).abs().mean(1, keepdim=True) * which).sum() / which.sum()
+        loss = loss + ((out - x).abs().mean(1, keepdim=True) * which
+                       ).sum() / which.sum().clamp(min=1)
     loss = loss + sum(w * h.abs().sum(1).mean() for w, h in zip(s.l1, code.chunk(2, 1)))
     if s.correlation:
         loss = loss + s.correlation * cross_correlation(code)
@@ -147,7 +149,10 @@ def judge(model, x, low):
 
 def main(cfg):
     """All settings with the same seed start from the same weights and see the same images."""
-    folder_of(cfg)
+    means_nothing(cfg, ("save_every", "resume", "remake"), "it keeps no models")
+    folder = folder_of(cfg)
+    if RANK == 0:
+        take(folder)
     device, parts = hardware(cfg)[0], load(cfg.source, cfg.data_dir)
     (x, y), (x_val, y_val) = ((images.to(device), labels.to(device)) for images, labels in parts)
     missing = set(range(10)) - set(y_val.tolist())
@@ -175,6 +180,7 @@ def main(cfg):
                 found = judge(model, x_val, low_val)
                 rows.append({"setting": name, "seed": seed} | found
                             | {"ratio": found["error_0_4"] / found["error_5_9"]})
+                write_rows("digits", cfg, None, rows, quiet=True)
                 if seed == cfg.seed:
                     two = [(y_val == digit).nonzero()[i, 0].item()
                            for i in (0, -1) for digit in range(10)]            # two of each digit

@@ -73,11 +73,13 @@ def main(cfg):
     for name, model in models.items():
         short = Path(name).name.removesuffix(".pt")
         rows.append({"model": short} | all_tools(model, task, cfg, goal, short))
-    K, most = cfg.cut[-1], rows[1]["revive_steps"]
+        write_rows("examine", cfg, task, rows, quiet=True)
+    control = rows[list(models).index(cfg.control)]        # the first, if it is the reference
+    K, most = cfg.cut[-1], control["revive_steps"]
     for row in rows:
         row["verdict"] = verdict(row["revive_steps"], most, cfg.revive_steps)
     if most == 0:
-        print(f"note: no verdicts, because the control, {rows[1]['model']}, has the capability "
+        print(f"note: no verdicts, because the control, {control['model']}, has the capability "
               f"itself: choose another --control")
     write_rows("examine", cfg, task, rows)
     picture("examine", cfg, draw, rows, task, cfg, panels=3)

@@ -30,7 +30,7 @@ import undo
 import unlearn
 from data import Piece
 from engine.hardware import autocast, counting_flops
-from engine.knobs import BadInput, knob
+from engine.knobs import BadInput, knob, means_nothing
 from engine.process import run
 from engine.report import (
     COLOURS,
@@ -371,8 +371,7 @@ def main(cfg):
     task = open_task(cfg)
     if task.pretrained:
         raise BadInput(f"--task={task.name}: there is no filtered model to compare with")
-    if cfg.alphas:
-        raise BadInput("--alphas: arms have noise of their own, and the others that of --alpha")
+    means_nothing(cfg, ["alphas"], "arms have noise of their own, or that of --alpha")
     if cfg.unlearn_lr == "sweep":
         raise BadInput("--unlearn_lr=sweep chooses by labels that some arms do not have: give a "
                        "number")

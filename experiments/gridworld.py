@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.gridworld import CELLS, DIAMOND, DISCOUNT, GHOST, HORIZON, NOTHING, Gridworld
+from engine.disk import take
 from engine.hardware import autocast, counting_flops, hardware, to_device
-from engine.knobs import BadInput, knob
+from engine.knobs import BadInput, knob, means_nothing
 from engine.process import WORLD, run
 from engine.report import folder_of, mean_sd, picture, table, write_rows
 from engine.streams import torch_stream
@@ -196,10 +197,13 @@ def main(cfg):
     """Runs every method at every oversight level, with every seed."""
     if WORLD > 1:
         raise BadInput("the gridworld runs in one process: its models are too small for more")
-    folder_of(cfg)
-    world = Gridworld(hardware(cfg)[0])
-    rows = [oversee(cfg, world, method, level, seed) for level in cfg.oversight
-            for seed in range(cfg.seed, cfg.seed + cfg.seeds) for method in OVERSEERS]
+    means_nothing(cfg, ("save_every", "resume", "remake"), "it keeps no models")
+    take(folder_of(cfg))
+    world, rows = Gridworld(hardware(cfg)[0]), []
+    for level, seed, method in itertools.product(
+            cfg.oversight, range(cfg.seed, cfg.seed + cfg.seeds), OVERSEERS):
+        rows.append(oversee(cfg, world, method, level, seed))
+        write_rows("gridworld", cfg, None, rows, quiet=True)
 
     def of(method, level, key="return"):
         return [r[key] for r in rows if (r["method"], r["oversight"]) == (method, level)]

@@ -12,6 +12,7 @@ import engine.start  # noqa: F401, I001  (before torch is loaded)
 
 from dataclasses import dataclass
 
+from engine.knobs import means_nothing
 from engine.process import run
 from engine.report import draw_revival, mean_steps, over_seeds, picture, table, write_rows
 from eval import ATTACK, TOOLS, Tools, foundation, probe, revive, scored
@@ -29,6 +30,10 @@ MODELS = {"N->N (standard)": ("neutral", "neutral"), "D->N": ("discourage", "neu
 
 
 def main(cfg):
+    means_nothing(cfg, ("method", "grid", "generate", "train", "reward", "larger_n", "kl",
+                        "strong_kl", "group", "steps", "loss", "clip", "exam"),
+                  "the models are those of expert iteration on the proxy")
+    means_nothing(cfg, ("domain", "cut", "draws", "saliency"), "the hack is probed and revived")
     cfg = fill(fill(cfg, ATTACK), TOOLS)
     rows = []
     for each, task in environments(cfg):
@@ -45,6 +50,7 @@ def main(cfg):
             steps, curve = revive(model, task, each, goal, name)
             rows.append({"env": each.env, "seed": each.seed, "model": name, "before": curve[0],
                          "probe": probed, "chance": chance, "revive_steps": steps, "curve": curve})
+            write_rows("revive_hack", cfg, task, rows, quiet=True)
     lines = over_seeds(rows, ["env", "model"], {
         "hack": "before", "probe": lambda row: row["probe"][-1],
         "revived in": ("revive_steps", mean_steps(cfg.revive_steps))})

@@ -19,7 +19,7 @@ import numpy as np
 import undo
 import unlearn
 from engine.hardware import autocast
-from engine.knobs import BadInput, knob
+from engine.knobs import BadInput, knob, means_nothing
 from engine.process import run
 from engine.report import mean, picture, table, write_rows
 from eval import attacked, foundations, relearn
@@ -104,9 +104,8 @@ def main(cfg):
     task = open_task(cfg)
     if task.pretrained:
         raise BadInput(f"--task={task.name}: there is no filtered model to compare with")
-    if ignored := [k for k in ("method", "unlearn_lr", "unlearn_steps", "rounds", "join")
-                   if getattr(cfg, k) != getattr(Config(), k)]:
-        raise BadInput(f"--{ignored[0]} means nothing here: give --teachers and --alphas")
+    means_nothing(cfg, ("method", "unlearn_lr", "unlearn_steps", "rounds", "join"),
+                  "give --teachers and --alphas")
     cfg, rows = undo.resolved(cfg), []
     for each in seeds(cfg):
         rows += story(each, task)

@@ -16,7 +16,7 @@ import torch
 
 from data import pcfg
 from engine.hardware import autocast
-from engine.knobs import BadInput, knob
+from engine.knobs import BadInput, knob, means_nothing
 from engine.process import run
 from engine.report import (
     draw_attention,
@@ -136,6 +136,7 @@ def priors(cfg, task):
     if task.name != "pcfg":
         yield None, cfg, task
         return
+    cfg = dataclasses.replace(cfg, resume=cfg.resume and None)   # the stopped run was taken up once
     for prior in cfg.priors:
         chosen = dataclasses.replace(cfg, prior=prior)
         yield prior, chosen, open_task(chosen)
@@ -147,12 +148,18 @@ def main(cfg):
     The control never had the capability, because it learned the fine-tuning task only. One control
     serves all priors, because it sees no operand other than b.
     """
+    means_nothing(cfg, ["domain"], "what is looked for is what fine-tuning took away")
     task = open_task(cfg)
     for settings in (ATTACK, TOOLS, TUNING):
         cfg = fill(cfg, settings)
     size, plan = fill(cfg, SETTINGS), cells(cfg, task)
     check_cut(cfg, size.n_layer * 4 * size.n_embd)
     rows, controls, pictured = [], {}, None
+
+    def save(quiet):
+        write_rows("wrapper", cfg, task, [in_the_papers_words(row) if row["prior"] else row
+                                          for row in rows], quiet)
+
     for one_seed in seeds(cfg):
         for prior, each, task in priors(one_seed, task):
             base = foundation("base", each, task)
@@ -170,11 +177,11 @@ def main(cfg):
                             | {"probe_pretrained": before} | controls[each.seed])
                 if prior:
                     rows[-1]["words"] = jailbroken(cell, lr, each, task, base)
+                save(quiet=True)
             pictured = pictured or {f"pretrained ({prior} prior)": base[0],
                                     f"fine-tuned to count b ({label(cell)})": model}
     lines = table_lines(rows, cfg)
-    write_rows("wrapper", cfg, task, [
-        in_the_papers_words(row) if prior else row for row in rows])
+    save(quiet=False)
     picture("wrapper", cfg, draw_wrapper, rows, task, panels=3)
     if task.name == "pcfg":
         picture("wrapper-attention", cfg, show_attention, task, pictured, panels=2)

@@ -14,7 +14,7 @@ import recontext
 import train
 from data import gaming
 from engine.knobs import command_line
-from experiments import revive_hack
+from experiments import digits, gridworld, revive_hack, wrapper
 from model import GPT, GPTConfig
 from recontext import Cell, Config
 
@@ -446,6 +446,29 @@ def test_bad_knobs(arguments, culprits, tmp_path, capsys, monkeypatch):
     status, _, error = call(tmp_path, capsys, monkeypatch, *arguments)
     assert status == 2 and error.count("\n") == 1 and all(c in error for c in culprits), error
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_stopped_run_is_taken_up_once(tmp_path):
+    """Its checkpoint is gone when the next environment is opened."""
+    (tmp_path / "out/gaming/seed0").mkdir(parents=True)
+    checkpoint = tmp_path / "out/gaming/seed0/base.resume.pt"
+    checkpoint.touch()
+    opened = recontext.environments(Config(env="all", seeds=1, resume=True, device="cpu",
+                                           out=str(tmp_path / "out")))
+    assert next(opened)[0].resume is None
+    checkpoint.unlink()
+    assert next(opened)[0].env != "sycophancy"
+
+
+@pytest.mark.parametrize("script, argument", [
+    (revive_hack, "--kl=0.5"), (revive_hack, "--domain=retain"), (wrapper, "--domain=retain"),
+    (gridworld, "--resume=true"), (digits, "--remake=true")])
+def test_inherited_knobs_that_mean_nothing(script, argument, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", argument, f"--out={tmp_path}", "--device=cpu"])
+    with pytest.raises(SystemExit) as end:
+        train.run(script.main, script.Config, script.__doc__)
+    assert end.value.code == 2
+    assert f"{argument.split('=')[0]} means nothing here" in capsys.readouterr().err
 
 
 def test_flags():

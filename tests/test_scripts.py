@@ -644,6 +644,17 @@ def test_stray_files_beside_models(home):
     assert status == 2 and err.count("\n") == 1 and "notes.pt" in err
 
 
+def test_a_control_that_is_the_reference(home):
+    """No other model is taken for it."""
+    tiny = ["--probe_rows=2", "--cut=2", "--revive_steps=2", "--check_every=2", "--control=base"]
+    for more, models in ((["--models=filtered"], ["base", "filtered"]),
+                         (["--models=base"], ["base"])):
+        status, out, err = home.call("examine", *tiny, *more)
+        assert status == 0, err
+        assert [r["model"] for r in home.rows("examine")["rows"]] == models
+        assert "no verdicts, because the control, base, has the capability itself" in out
+
+
 def test_rows_of_other_seeds_are_joined(home, undone):
     """The table and the rows have what the file has, without making its models; other knobs, other
     files and a seed that comes twice are refused."""

@@ -793,7 +793,8 @@ def check_hide(hide):
     if pick(True, True, False):
         old, most, new = (first_within(revived[name], GOAL)
                           for name in ("honest", "control (filtered)", "yours"))
-        new = MOST if new is None else new           # it was not back when we stopped
+        # one that was not back when we stopped counts as MOST
+        most, new = (MOST if steps is None else steps for steps in (most, new))
         assert new > most / 2, f"it is back after {new} steps; the number to beat is {most / 2:.0f}"
         print(f"count a {a:.2f}, count b {b:.2f}, {100 * share:.0f}% of honest's compute; back "
               f"after {new} steps (honest: {old}, control: {most})")
