@@ -56,8 +56,8 @@ STORIES = {
                  "--exam=64 --prompts=16",
     "recontext-grpo": f"recontext.py --method=grpo --env=lying --seeds=1 {SIZE} --base_steps=20 "
                       "--steps=2 --exam=64 --prompts=16",
-    "revive_hack": f"recontext.py revive_hack --seeds=1 {SIZE} --base_steps=20 --steps=2 "
-                        "--rounds=1 --exam=64 --prompts=16"}
+    "revive_hack": f"recontext.py revive_hack --seeds=1 {SIZE} --base_steps=20 --rounds=1 "
+                   "--prompts=16"}
 
 
 def command(checkout, story, source):

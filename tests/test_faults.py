@@ -54,7 +54,7 @@ def bits(model):
 def result(path):
     """What must not depend on a run's fate; a finished model holds nothing besides."""
     model, saved = train.read(path)
-    assert saved.keys() == {"model", "config", "made_with", "steps", "flops", "history"}
+    assert saved.keys() == {"config", "made_with", "steps", "flops", "history"}
     return bits(model), [saved[k] for k in ("made_with", "steps", "flops", "history")]
 
 
