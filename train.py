@@ -146,6 +146,7 @@ class Run:
     def __init__(self, model, cfg, lr, muon_lr, matrices=None, pieces=(), momentum=None):
         self.model, self.cfg = model, cfg
         self.device, dtype, _ = hardware(cfg)
+        self.precision = str(dtype).removeprefix("torch.")
         self.autocast = autocast(cfg)           # one for all steps: asking what is there takes time
         self.optimizers, self.leaves = optimizers(model, lr, muon_lr, matrices, pieces, momentum)
         # torch begins at 2^16, where the first steps of most techniques here would overflow
@@ -167,6 +168,7 @@ class Run:
             write_model(checkpoint.path, self.model, checkpoint.made_with, self.record(), run={
                 "optimizers": [o.state_dict() for o in self.optimizers],
                 "scaler": self.scaler.state_dict(), "cost": self.cost, "skipped": self.skipped,
+                "precision": self.precision,
                 "since": [x.tolist() for x in self.since], "seconds": self.seconds,
                 "over": self.over})
         self.saved, self.saved_at = self.steps, time.time()
@@ -196,6 +198,9 @@ class Run:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise BadInput(f"{checkpoint.path} is not the checkpoint of a run "
                            f"({type(error).__name__}): --resume=false starts anew") from None
+        if RANK == 0 and run.get("precision", self.precision) != self.precision:
+            print(f"note: {checkpoint.path} was computed in {run['precision']} and goes on in "
+                  f"{self.precision}, which rounds differently")
         self.model.load_state_dict(model.state_dict())
         self.steps, self.flops = last["steps"], last["flops"]
         self.history, self.saved = last["history"], self.steps

@@ -111,6 +111,16 @@ def stopped(folder, at, number=signal.SIGINT, **more):
     return path
 
 
+def test_resume_in_another_precision_says_so(tmp_path, computing_in, capsys):
+    """What is fastest is timed anew by each run, and a busy machine may change its mind."""
+    computing_in(torch.bfloat16)
+    path = stopped(tmp_path, 3)
+    computing_in(torch.float32)
+    little(tmp_path)
+    said = f"note: {path} was computed in bfloat16 and goes on in float32, which rounds differently"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("muon_lr,ends,stops", [
     (0.0, None, range(STEPS)), (0.02, None, range(STEPS)), (0.02, 12, range(8, 12))])
 def test_resume_is_exact(muon_lr, ends, stops, tmp_path):
