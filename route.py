@@ -21,7 +21,7 @@ import undo
 import unlearn
 from data import tinystories
 from engine.hardware import autocast
-from engine.knobs import BadInput, FilePath, knob
+from engine.knobs import BadInput, knob
 from engine.process import run
 from engine.report import (
     draw_routing,
@@ -37,7 +37,7 @@ from engine.store import identity, obtain
 from engine.streams import seed_of, stream
 from eval import Attack, attacked, fill_attack, relearn
 from model import GPT, cross_entropy
-from train import config_from, evaluated, fill, fit, new_model, open_task, seeds
+from train import Seeds, config_from, evaluated, fill, fit, new_model, open_task, seeds
 
 MOVED = {f"--experiment={name}": f"python -m experiments.{name}"
          for name in ("steer", "digits", "gridworld")}
@@ -45,12 +45,9 @@ METHODS = ("base", "filtered", "era", "sgtm", "demix", "expanded")
 
 
 @dataclass
-class Config(Attack):
+class Config(Attack, Seeds):
     task: str = knob("language", "what to learn and to forget",
                      choices=["language", "tinystories", "bilingual"])
-    seeds: int = knob(1, "how many seeds, from --seed on", 1)
-    join: list[FilePath] | None = knob(None, "rows that earlier runs wrote for some of these seeds "
-                                       "(files NAME.json), which are taken as they are")
     steps: int | None = knob(None, "training steps, the same for every method", 1)
     batch_size: int | None = knob(None, "rows in a batch", 2, 2**31)
     lr: float | None = knob(None, "AdamW's rate", 0, 1)

@@ -80,6 +80,14 @@ class Common(Basic):
 
 
 @dataclass
+class Seeds:
+    """Knobs of a table of several seeds."""
+    seeds: int = knob(1, "how many seeds, from --seed on", 1)
+    join: list[FilePath] | None = knob(None, "rows that earlier runs wrote for some of these seeds "
+                                       "(files NAME.json), which are taken as they are")
+
+
+@dataclass
 class Config(Common):
     batch_size: int | None = knob(None, "rows in a batch", 1, 2**31)
     steps: int | None = knob(None, "pretraining steps of the base", 1)

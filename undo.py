@@ -20,7 +20,7 @@ import torch
 import unlearn
 from data.tinystories import mention
 from engine.hardware import autocast, counting_flops
-from engine.knobs import BadInput, FilePath, knob
+from engine.knobs import BadInput, knob
 from engine.process import run
 from engine.report import (
     curves,
@@ -47,12 +47,12 @@ from eval import (
     robustness,
     saliency,
 )
-from train import config_from, fill, fit, open_task, seeds
+from train import Seeds, config_from, fill, fit, open_task, seeds
 from unlearn import imitate
 
 
 @dataclass
-class Config(AfterBase):
+class Config(AfterBase, Seeds):
     alphas: list[float] | None = knob(None, "UNDO's noise: 0 keeps the teacher, 1 replaces it by "
                                       "noise", 0, 1)
     beta: float | None = knob(None, "scale of the noise; 1 is Xavier's initialisation (0.1 in the "
@@ -79,9 +79,6 @@ class Config(AfterBase):
                             "teacher's", 0, 1)
     check_every: int | None = knob(None, "steps between two looks at the student's retain score "
                                      "(at least 1% of --steps)", 1)
-    seeds: int = knob(1, "how many seeds, from --seed on", 1)
-    join: list[FilePath] | None = knob(None, "rows that earlier runs wrote for some of these seeds "
-                                       "(files NAME.json), which are taken as they are")
 
 
 PAPER = dict(beta=0.1, distil_on="all", muon_lr=0.02)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.hardware import autocast
-from engine.knobs import BadInput, FilePath, knob
+from engine.knobs import BadInput, knob
 from engine.process import WORLD, run
 from engine.report import (
     curves,
@@ -36,7 +36,7 @@ from engine.report import (
 from engine.store import identity, obtain
 from engine.streams import seed_of, torch_stream
 from eval import AfterBase, attacked, fill_attack, foundation, foundations, relearn
-from train import fill, fit, open_task, seeds
+from train import Seeds, fill, fit, open_task, seeds
 
 # What auto knobs stand for, by method and task; a fifth is a knob of the method's own. Those of
 # arithmetic are from experiments/sweep.py, one rule for all methods. MaxEnt's are older: see
@@ -89,7 +89,7 @@ FROM_BASE = [name for name in NAMES if name != "oracle"]       # these need no f
 
 
 @dataclass
-class Config(AfterBase):
+class Config(AfterBase, Seeds):
     method: str = knob("maxent", "which loss, or all of them in one table",
                        choices=[*NAMES, "all"])
     steps: int | None = knob(None, "unlearning steps", 1)
@@ -119,9 +119,6 @@ class Config(AfterBase):
     mix: float = knob(0.0, "finetune: share of rows from the pretraining mix", 0, 0.9)
     c_tr: float = knob(0.0, "finetune on pcfg: share of the other rows in which the spurious rule "
                        "#b = #a + 1 holds", 0, 1)
-    seeds: int = knob(1, "how many seeds, from --seed on", 1)
-    join: list[FilePath] | None = knob(None, "rows that earlier runs wrote for some of these seeds "
-                                       "(files NAME.json), which are taken as they are")
 
 
 def kl(teacher_logits, logits):
@@ -571,11 +568,12 @@ def main(cfg):
     cfg = fill_attack(cfg) if cfg.method == "all" else given[0]
     rows = joined(cfg, task, ["base", *["filtered"] * (not task.pretrained),
                               *(how.method for how in given)])
-    for each in seeds(cfg, rows):
+    if not (to_make := seeds(cfg, rows)):
+        write_rows("unlearn", cfg, task, rows)
+    for each in to_make:
         for row in story([dataclasses.replace(how, seed=each.seed) for how in given], task):
             rows.append(row)
             write_rows("unlearn", cfg, task, rows, quiet=len(rows) > 1)
-    write_rows("unlearn", cfg, task, rows, quiet=True)
     words = words_of(rows[0])
     picture("unlearn", cfg, draw_relearning, task, curves(rows, f"forget{words}",
                                                           f"relearned{words}"))

@@ -204,16 +204,21 @@ def shown(questions):
     return min(SHOWN, len(questions) // 3)
 
 
-def base(task):
-    """(model, record): the pretrained model, as if fit() had made it."""
-    model, _ = pretrained.read(task.made_with["model"])
-    known = task.facts["pretrained"] | {"sha256": task.made_with["model_sha256"]}
+def check_rows(task):
+    """BadInput if many questions do not fit a row: their answers would be cut off."""
     T, ends = task.block_size, np.flatnonzero(task.tokens("forget_train") == task.end)
     lengths = np.diff(ends, prepend=-1) - 1                           # without the end of each
     if (cut := np.mean(lengths > T)) > 0.1:
         raise BadInput(f"{cut:.0%} of the questions to forget are longer than a row of {T} tokens, "
                        f"so that their answers would be cut off: give "
                        f"--block_size={math.ceil(np.quantile(lengths, 0.95))}")
+
+
+def base(task):
+    """(model, record): the pretrained model, as if fit() had made it."""
+    check_rows(task)                                     # before a large model is read
+    model, _ = pretrained.read(task.made_with["model"])
+    known = task.facts["pretrained"] | {"sha256": task.made_with["model_sha256"]}
     return model.to(task.device), {"made_with": {
         "task": task.name, "data": task.data_id, "pretrained": known},
         "steps": 0, "flops": 0, "history": []}

@@ -104,23 +104,22 @@ def print_models(rows, cfg):
     the mean and spread over seeds of those figures that the rows have."""
     words, steps = words_of(rows[0]), [str(step) for step in cfg.attack_steps]
     near, last = min(steps, key=lambda step: abs(int(step) - 40)), steps[-1]
-    columns = [(header, key, step, digits) for header, key, step, digits in (
-        ("retain", "retain", None, 2), ("forget", "forget", None, 2),
-        ("words", "forget_words", None, 2),
-        *((f"after {step}", f"relearned{words}", step, 2) for step in steps[-4:]),
-        ("unseen", "forget_heldout_pairs", None, 2),
-        (f"after {last}", "relearned_heldout_pairs", last, 2),
-        ("mentions", "mentions", None, 2), (f"after {near}", "relearned_mentions", near, 2),
-        ("few", "relearned_few", None, 2), ("shown", "forget_shown", None, 2),
-        (f"after {last}", "relearned_shown", last, 2), ("asked", "forget_asked", None, 2),
-        ("near", "near", None, 2), ("text", "text_loss", None, 2), ("tokens", "tokens", None, 0),
-        (f"robust@{near}", f"robustness{words}", near, 2), ("robust", "robustness_mean", None, 2),
-        ("compute %", "compute_pct", None, 0), ("matched %", "compute_pct_matched", None, 0))
-        if key in rows[0]]
-    lines = over_seeds(rows, ["model"], {i: (
-        lambda row, key=key, step=step: row[key][step] if step else row[key], digits)
-        for i, (_, key, step, digits) in enumerate(columns)})
-    table(lines, {"model": "model"} | {i: header for i, (header, *_) in enumerate(columns)})
+    columns = {                                      # (key, step of the attack or None): header
+        ("retain", None): "retain", ("forget", None): "forget", ("forget_words", None): "words",
+        **{(f"relearned{words}", step): f"after {step}" for step in steps[-4:]},
+        ("forget_heldout_pairs", None): "unseen",
+        ("relearned_heldout_pairs", last): f"after {last}",
+        ("mentions", None): "mentions", ("relearned_mentions", near): f"after {near}",
+        ("relearned_few", None): "few", ("forget_shown", None): "shown",
+        ("relearned_shown", last): f"after {last}", ("forget_asked", None): "asked",
+        ("near", None): "near", ("text_loss", None): "text", ("tokens", None): "tokens",
+        (f"robustness{words}", near): f"robust@{near}", ("robustness_mean", None): "robust",
+        ("compute_pct", None): "compute %", ("compute_pct_matched", None): "matched %"}
+    columns = {at: header for at, header in columns.items() if at[0] in rows[0]}
+    lines = over_seeds(rows, ["model"], {(key, step): (
+        lambda row, key=key, step=step: row[key][step] if step else row[key],
+        0 if key.startswith(("tokens", "compute")) else 2) for key, step in columns})
+    table(lines, {"model": "model"} | columns)
 
 
 def folder_of(cfg):
@@ -182,7 +181,8 @@ def joined(cfg, task, complete=True):
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadInput(f"--join={file}: not rows of this script ({type(error).__name__})"
                            ) from None
-        for key in differ:
+        if differ:
+            key = differ[0]
             raise BadInput(f"--join={file} was made with {key}={config[key]}, this run has "
                            f"{key}={mine[key]}")
         if again := [k for k in keys if k in [which(row) for row in rows]]:
